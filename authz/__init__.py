@@ -1,0 +1,1 @@
+"""Envoy ext_authz: who is this, and may they use this?"""

@@ -1,0 +1,5 @@
+"""`python -m parallama` is the `parallama` command."""
+
+from parallama.cli import main
+
+main()

@@ -1,0 +1,74 @@
+"""
+The names that Envoy's files, the Lua filters and the Python services share.
+
+A test reads `envoy/` and holds every namespace and key there to this list.
+Ids and sizes are strings: metadata numbers are doubles, and Envoy's `metadata`
+descriptor action passes on nothing but strings.
+"""
+
+# Written by Lua (envoy/lua/).
+LUA = "parallama"
+
+MODEL = "model"  # str: as the client sent it
+STREAM = "stream"  # bool
+MAX_TOKENS = "max_tokens"  # str, decimal: most tokens the client lets the model write, all choices
+BODY_BYTES = "body_bytes"  # str, decimal: size of the request's body
+STREAM_USAGE = "stream_usage"  # str: "ours" where splice.lua asked for usage, "client" if it did
+SPLICE_AT = "splice_at"  # str: where splice.lua inserts, as "<offset>:<length replaced>"
+SPLICE_TEXT = "splice_text"  # str: what it inserts
+
+PROMPT_TOKENS = "prompt_tokens"  # number, absent when unknown
+COMPLETION_TOKENS = "completion_tokens"  # number, absent when unknown
+CACHED_TOKENS = "cached_tokens"  # number: part of the prompt that came from a cache
+TOTAL_TOKENS = "total_tokens"  # number: running total, what settling charges; 0 from the start
+USAGE_SOURCE = "usage_source"  # str: "reported" or "counted"
+FINISHED = "finished"  # bool: the answer's own end marker was seen
+COMPUTE_MS = "compute_ms"  # number: time the model itself worked, as the upstream reports it
+RESPONSE_MODEL = "response_model"  # str: the model the upstream says it used
+FIRST_TOKEN_AT = "first_token_at"  # number: milliseconds since the epoch  # noqa: S105
+UPSTREAM_ERROR = "upstream_error"  # bool: an error inside an answer of status 200
+
+LUA_KEYS = frozenset(
+    {
+        MODEL, STREAM, MAX_TOKENS, BODY_BYTES, STREAM_USAGE, SPLICE_AT, SPLICE_TEXT,
+        PROMPT_TOKENS, COMPLETION_TOKENS, CACHED_TOKENS, TOTAL_TOKENS, USAGE_SOURCE,
+        FINISHED, COMPUTE_MS, RESPONSE_MODEL, FIRST_TOKEN_AT, UPSTREAM_ERROR,
+    }
+)  # fmt: skip
+
+# Written by authz.
+AUTHZ = "envoy.filters.http.ext_authz"
+
+USER = "user"  # str: users.id
+USERNAME = "username"
+KEY = "key"  # str: api_keys.id
+ROLE = "role"
+GATEWAY = "gateway"  # "ollama" or "openai"
+DIALECT = "dialect"  # "ollama" or "openai": how refusals are written
+ENDPOINT = "endpoint"  # str: the upstream's own path, such as /v1/chat/completions
+METERED = "metered"  # str "1" on calls that spend tokens; absent on all others
+READ_BODY = "read_body"  # bool true: facts.lua reads the body and refuses what it cannot vouch for
+CHECK_MODEL = "check_model"  # bool true: the second ext_authz is asked
+LIST_MODELS = "list_models"  # str: comma-separated names and prefixes*; lists.lua hides all others
+
+AUTHZ_KEYS = frozenset(
+    {USER, USERNAME, KEY, ROLE, GATEWAY, DIALECT, ENDPOINT, METERED, READ_BODY, CHECK_MODEL, LIST_MODELS}
+)
+
+# Written by ratelimit.
+RATELIMIT = "envoy.filters.http.ratelimit"
+
+RESERVATION = "reservation"  # str: what stream done settles; absent where nothing is limited
+GRANTED = "granted"  # number: tokens held for this request
+TOKENS_LEFT = "tokens_left"  # number: what the tightest token limit has left after that
+REQUESTS_LEFT = "requests_left"  # number: the same for requests
+
+RATELIMIT_KEYS = frozenset({RESERVATION, GRANTED, TOKENS_LEFT, REQUESTS_LEFT})
+
+# Descriptor entries of a rate-limit call carry the names above and this one.
+REQUEST_ID = "request_id"
+
+# ext_authz context extensions, set by each route in envoy/routes.yaml.
+ROUTE_GATEWAY = "gateway"
+ROUTE_DIALECT = "dialect"
+ROUTE_BASE = "base"  # what the route's prefix adds to the upstream's own path, such as /ollama

@@ -1,0 +1,29 @@
+"""Errors, sorted by who must act."""
+
+
+class ParallamaError(Exception):
+    """Something an operator can fix. The message says what to do."""
+
+
+class ConfigError(ParallamaError):
+    """The configuration cannot be used. `parallama config check` lists every mistake."""
+
+
+class UsageError(ParallamaError):
+    """A command asked for something that does not make sense."""
+
+
+class NotFound(ParallamaError):
+    """A user, key or limit that was named does not exist."""
+
+
+class Conflict(ParallamaError):
+    """What should be made exists already."""
+
+
+class SchemaError(ParallamaError):
+    """The database's schema is not the one that this version works with."""
+
+
+class Unavailable(ParallamaError):
+    """A store did not answer in time. Policy decides what the caller sees."""

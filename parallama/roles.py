@@ -1,0 +1,107 @@
+"""Who may call what: endpoints of the upstreams, the actions they are, and the roles that may (pure)."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+
+from parallama.limits import name_matches
+
+
+class Role(StrEnum):
+    ADMIN = "admin"
+    OPERATOR = "operator"
+    USER = "user"
+    READONLY = "readonly"
+
+
+class Action(StrEnum):
+    READ = "read"
+    INFER = "inference"
+    MANAGE = "manage"
+
+
+_GRANTS = MappingProxyType(
+    {
+        Role.ADMIN: frozenset(Action),
+        Role.OPERATOR: frozenset(Action),
+        Role.USER: frozenset({Action.READ, Action.INFER}),
+        Role.READONLY: frozenset({Action.READ}),
+    }
+)
+
+
+def may(role: Role, action: Action) -> bool:
+    return action in _GRANTS[role]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One of the upstream's endpoints. `names_model`: its body says which model it is about."""
+
+    path: str
+    action: Action
+    reads_body: bool = False
+    names_model: bool = False
+
+
+def _infer(path: str) -> Endpoint:
+    return Endpoint(path, Action.INFER, reads_body=True, names_model=True)
+
+
+def _read(path: str) -> Endpoint:
+    return Endpoint(path, Action.READ)
+
+
+def _manage(path: str) -> Endpoint:
+    return Endpoint(path, Action.MANAGE, reads_body=True, names_model=True)
+
+
+_OLLAMA = {
+    ("POST", "/api/chat"): _infer("/api/chat"),
+    ("POST", "/api/generate"): _infer("/api/generate"),
+    ("POST", "/api/embed"): _infer("/api/embed"),
+    ("POST", "/api/embeddings"): _infer("/api/embeddings"),
+    ("GET", "/api/version"): _read("/api/version"),
+    ("HEAD", "/api/version"): _read("/api/version"),
+    ("GET", "/api/tags"): _read("/api/tags"),
+    ("HEAD", "/api/tags"): _read("/api/tags"),
+    ("GET", "/api/ps"): _read("/api/ps"),
+    ("POST", "/api/show"): Endpoint("/api/show", Action.READ, reads_body=True, names_model=True),
+    ("POST", "/api/pull"): _manage("/api/pull"),
+    ("POST", "/api/push"): _manage("/api/push"),
+    ("POST", "/api/create"): _manage("/api/create"),
+    ("POST", "/api/copy"): Endpoint("/api/copy", Action.MANAGE, reads_body=True),
+    ("DELETE", "/api/delete"): _manage("/api/delete"),
+}
+_OPENAI = {
+    ("POST", "/v1/chat/completions"): _infer("/v1/chat/completions"),
+    ("POST", "/v1/completions"): _infer("/v1/completions"),
+    ("POST", "/v1/embeddings"): _infer("/v1/embeddings"),
+    ("GET", "/v1/models"): _read("/v1/models"),
+}
+_BLOBS = "/api/blobs/sha256"
+_MODELS = "/v1/models/"
+
+
+def find_endpoint(method: str, path: str) -> Endpoint | None:
+    """
+    The endpoint behind a request, by method and the upstream's own path without its query.
+
+    None for everything that is not listed: what nobody thought about is refused.
+    """
+    found = _OLLAMA.get((method, path)) or _OPENAI.get((method, path))
+    if found is None and method in ("POST", "HEAD") and path.startswith(_BLOBS):
+        return Endpoint("/api/blobs", Action.MANAGE)
+    if found is None and method == "GET" and path.startswith(_MODELS) and len(path) > len(_MODELS):
+        return Endpoint("/v1/models", Action.READ)
+    return found
+
+
+def knows_path(path: str) -> bool:
+    """Whether any method of this path is listed: tells 405 from 404."""
+    return any(known == path for _, known in (*_OLLAMA, *_OPENAI))
+
+
+def model_allowed(patterns: tuple[str, ...], model: str) -> bool:
+    """Whether a key restricted to `patterns` (names, or prefixes that end in `*`) may use `model`."""
+    return any(name_matches(pattern, model) for pattern in patterns)

@@ -1,0 +1,1 @@
+"""Envoy rate-limit service: is there room for this?"""
