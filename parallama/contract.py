@@ -21,7 +21,7 @@ PROMPT_TOKENS = "prompt_tokens"  # number, absent when unknown
 COMPLETION_TOKENS = "completion_tokens"  # number, absent when unknown
 CACHED_TOKENS = "cached_tokens"  # number: part of the prompt that came from a cache
 TOTAL_TOKENS = "total_tokens"  # number: running total, what settling charges; 0 from the start
-USAGE_SOURCE = "usage_source"  # str: "reported" or "counted"
+USAGE_SOURCE = "usage_source"  # str: "reported", "counted" or "estimated"
 FINISHED = "finished"  # bool: the answer's own end marker was seen
 COMPUTE_MS = "compute_ms"  # number: time the model itself worked, as the upstream reports it
 RESPONSE_MODEL = "response_model"  # str: the model the upstream says it used
@@ -49,11 +49,15 @@ ENDPOINT = "endpoint"  # str: the upstream's own path, such as /v1/chat/completi
 METERED = "metered"  # str "1" on calls that spend tokens; absent on all others
 READ_BODY = "read_body"  # bool true: facts.lua reads the body and refuses what it cannot vouch for
 CHECK_MODEL = "check_model"  # bool true: the second ext_authz is asked
-LIST_MODELS = "list_models"  # str: comma-separated names and prefixes*; lists.lua hides all others
+MODELS = "models"  # str, with check_model: comma-separated names and prefixes* the key may use
+LIST_MODELS = "list_models"  # str, the same, on lists of models: lists.lua hides all others
 
 AUTHZ_KEYS = frozenset(
-    {USER, USERNAME, KEY, ROLE, GATEWAY, DIALECT, ENDPOINT, METERED, READ_BODY, CHECK_MODEL, LIST_MODELS}
-)
+    {
+        USER, USERNAME, KEY, ROLE, GATEWAY, DIALECT, ENDPOINT, METERED, READ_BODY,
+        CHECK_MODEL, MODELS, LIST_MODELS,
+    }
+)  # fmt: skip
 
 # Written by ratelimit.
 RATELIMIT = "envoy.filters.http.ratelimit"

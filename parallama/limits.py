@@ -57,6 +57,6 @@ def name_matches(pattern: str, name: str) -> bool:
 
 
 def merge(defaults: list[Limit], own: list[Limit]) -> tuple[Limit, ...]:
-    """A role's limits, each replaced by the user's own for the same gateway, model, unit, window."""
+    """A role's limits, each replaced by the user's own of the same gateway, model, unit, window."""
     cells = {(at.gateway, at.model, at.unit, at.window): at for at in (*defaults, *own)}
     return tuple(cells.values())

@@ -1,4 +1,4 @@
-"""Who may call what: endpoints of the upstreams, the actions they are, and the roles that may (pure)."""
+"""Who may call what: the upstreams' endpoints, their actions, and the roles that may (pure)."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -36,12 +36,17 @@ def may(role: Role, action: Action) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One of the upstream's endpoints. `names_model`: its body says which model it is about."""
+    """
+    One of the upstream's endpoints.
+
+    `names_model`: its body says which model it is about. `lists_models`: its answer does.
+    """
 
     path: str
     action: Action
     reads_body: bool = False
     names_model: bool = False
+    lists_models: bool = False
 
 
 def _infer(path: str) -> Endpoint:
@@ -50,6 +55,10 @@ def _infer(path: str) -> Endpoint:
 
 def _read(path: str) -> Endpoint:
     return Endpoint(path, Action.READ)
+
+
+def _list(path: str) -> Endpoint:
+    return Endpoint(path, Action.READ, lists_models=True)
 
 
 def _manage(path: str) -> Endpoint:
@@ -63,9 +72,9 @@ _OLLAMA = {
     ("POST", "/api/embeddings"): _infer("/api/embeddings"),
     ("GET", "/api/version"): _read("/api/version"),
     ("HEAD", "/api/version"): _read("/api/version"),
-    ("GET", "/api/tags"): _read("/api/tags"),
-    ("HEAD", "/api/tags"): _read("/api/tags"),
-    ("GET", "/api/ps"): _read("/api/ps"),
+    ("GET", "/api/tags"): _list("/api/tags"),
+    ("HEAD", "/api/tags"): _list("/api/tags"),
+    ("GET", "/api/ps"): _list("/api/ps"),
     ("POST", "/api/show"): Endpoint("/api/show", Action.READ, reads_body=True, names_model=True),
     ("POST", "/api/pull"): _manage("/api/pull"),
     ("POST", "/api/push"): _manage("/api/push"),
@@ -77,10 +86,12 @@ _OPENAI = {
     ("POST", "/v1/chat/completions"): _infer("/v1/chat/completions"),
     ("POST", "/v1/completions"): _infer("/v1/completions"),
     ("POST", "/v1/embeddings"): _infer("/v1/embeddings"),
-    ("GET", "/v1/models"): _read("/v1/models"),
+    ("GET", "/v1/models"): _list("/v1/models"),
 }
 _BLOBS = "/api/blobs/sha256"
 _MODELS = "/v1/models/"
+
+ONE_MODEL = "/v1/models/{model}"
 
 
 def find_endpoint(method: str, path: str) -> Endpoint | None:
@@ -93,7 +104,7 @@ def find_endpoint(method: str, path: str) -> Endpoint | None:
     if found is None and method in ("POST", "HEAD") and path.startswith(_BLOBS):
         return Endpoint("/api/blobs", Action.MANAGE)
     if found is None and method == "GET" and path.startswith(_MODELS) and len(path) > len(_MODELS):
-        return Endpoint("/v1/models", Action.READ)
+        return Endpoint(ONE_MODEL, Action.READ)
     return found
 
 
@@ -103,5 +114,5 @@ def knows_path(path: str) -> bool:
 
 
 def model_allowed(patterns: tuple[str, ...], model: str) -> bool:
-    """Whether a key restricted to `patterns` (names, or prefixes that end in `*`) may use `model`."""
+    """Whether a key restricted to `patterns` (names, or prefixes ending in `*`) may use `model`."""
     return any(name_matches(pattern, model) for pattern in patterns)

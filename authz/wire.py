@@ -1,0 +1,126 @@
+"""Envoy's ext_authz messages: CheckRequest in, CheckResponse out."""
+
+from functools import lru_cache
+from typing import Any
+
+from envoy.service.auth.v3 import external_auth_pb2 as pb
+from google.rpc import code_pb2
+
+from authz.decide import Allow, Asked, Caller, Deny, ModelAsked
+from parallama import contract as c
+from parallama.dialects import refusal
+from parallama.roles import Action
+
+_GRPC_CODES = {401: code_pb2.UNAUTHENTICATED, 404: code_pb2.NOT_FOUND}
+
+
+def parse(check: pb.CheckRequest) -> Asked | ModelAsked:
+    """Which of the two questions this is, told by the metadata that only the second one carries."""
+    attributes = check.attributes
+    metadata = attributes.metadata_context.filter_metadata
+    if c.AUTHZ in metadata:
+        return _parse_model(metadata)
+    http = attributes.request.http
+    route = attributes.context_extensions
+    path, _, query = http.path.partition("?")
+    return Asked(
+        method=http.method,
+        path=path.removeprefix(route.get(c.ROUTE_BASE, "")),
+        query=query,
+        gateway=route[c.ROUTE_GATEWAY],
+        dialect=route[c.ROUTE_DIALECT],
+        address=attributes.source.address.socket_address.address,
+        credentials=tuple(_credentials(http.headers)),
+    )
+
+
+def dialect_of(check: pb.CheckRequest) -> str:
+    """The caller's dialect, for an answer to a question that could not be read or decided."""
+    metadata = check.attributes.metadata_context.filter_metadata
+    if c.AUTHZ in metadata:
+        return str(metadata[c.AUTHZ].fields[c.DIALECT].string_value)
+    return str(check.attributes.context_extensions.get(c.ROUTE_DIALECT, ""))
+
+
+def _parse_model(metadata: Any) -> ModelAsked:
+    known = metadata[c.AUTHZ].fields
+    facts = metadata[c.LUA].fields if c.LUA in metadata else {}
+    return ModelAsked(
+        dialect=known[c.DIALECT].string_value,
+        models=tuple(known[c.MODELS].string_value.split(",")),
+        model=facts[c.MODEL].string_value if c.MODEL in facts else None,
+    )
+
+
+def _credentials(headers: Any) -> list[str]:
+    found = []
+    authorization = headers.get("authorization")
+    if authorization is not None:
+        scheme, _, token = authorization.partition(" ")
+        found.append(token.strip() if scheme.lower() == "bearer" else "")
+    for name in ("x-api-key", "api-key"):
+        if name in headers:
+            found.append(headers[name].strip())
+    return found
+
+
+@lru_cache(maxsize=16384)
+def render_allow(allow: Allow) -> bytes:
+    """The serialised answer; the same for every call of one key to one endpoint, so it is kept."""
+    response = pb.CheckResponse()
+    response.ok_response.SetInParent()
+    response.dynamic_metadata.update(_metadata(allow.caller) | _instructions(allow))
+    return bytes(response.SerializeToString())
+
+
+def render_deny(deny: Deny, dialect: str) -> bytes:
+    response = pb.CheckResponse()
+    response.status.code = _GRPC_CODES.get(deny.status, code_pb2.PERMISSION_DENIED)
+    denied = response.denied_response
+    denied.status.code = deny.status
+    denied.body = refusal(dialect, deny.status, deny.code, deny.message).decode()
+    _add_header(denied, "content-type", "application/json")
+    if deny.status == 401:
+        _add_header(denied, "www-authenticate", 'Bearer realm="parallama"')
+    if deny.caller is not None:
+        response.dynamic_metadata.update(_metadata(deny.caller))
+    return bytes(response.SerializeToString())
+
+
+MODEL_ALLOWED = bytes(
+    pb.CheckResponse(ok_response=pb.OkHttpResponse()).SerializeToString()
+)  # says nothing: what the first answer set stays
+
+
+def _metadata(caller: Caller) -> dict[str, Any]:
+    return {
+        c.USER: caller.user,
+        c.USERNAME: caller.username,
+        c.KEY: caller.key,
+        c.ROLE: caller.role,
+        c.GATEWAY: caller.gateway,
+        c.DIALECT: caller.dialect,
+        c.ENDPOINT: caller.endpoint,
+    }
+
+
+def _instructions(allow: Allow) -> dict[str, Any]:
+    """What Envoy's later filters shall do with the request."""
+    told: dict[str, Any] = {}
+    if allow.endpoint.action is Action.INFER:
+        told[c.METERED] = "1"
+    if allow.endpoint.reads_body:
+        told[c.READ_BODY] = True
+    if allow.models is not None:
+        models = ",".join(allow.models)
+        if allow.endpoint.names_model:
+            told |= {c.CHECK_MODEL: True, c.MODELS: models}
+        elif allow.endpoint.lists_models:
+            told[c.LIST_MODELS] = models
+    return told
+
+
+def _add_header(denied: pb.DeniedHttpResponse, name: str, value: str) -> None:
+    option = denied.headers.add()
+    option.header.key = name
+    option.header.value = value

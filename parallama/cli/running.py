@@ -1,0 +1,24 @@
+"""Whether `parallama up` runs on a state folder."""
+
+import fcntl
+import os
+from pathlib import Path
+
+
+def is_up(state_dir: Path) -> bool:
+    return pid_of_up(state_dir) is not None
+
+
+def pid_of_up(state_dir: Path) -> str | None:
+    """The process that holds the folder's lock; what is written there alone proves nothing."""
+    try:
+        lock = os.open(state_dir / "up.lock", os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(lock, 32, 0).decode(errors="replace").strip()
+    finally:
+        os.close(lock)
+    return None

@@ -1,0 +1,103 @@
+"""`parallama status`."""
+
+import asyncio
+import http.client
+import json
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from parallama.cli import running
+from parallama.cli.desk import load_config
+from parallama.cli.options import ConfigPath, Output, OutputFormat
+from parallama.cli.show import show
+from parallama.errors import ParallamaError
+
+if TYPE_CHECKING:
+    from parallama.config import Config
+
+_HEALTH_SECONDS = 3
+
+
+def status(config: ConfigPath = None, output: OutputFormat = Output.TABLE) -> None:
+    """Show whether it runs, answers and finds its stores. Exit code 1 unless all of that is so."""
+    loaded = load_config(config)
+    found = asyncio.run(_look(loaded))
+    show(found, output)
+    if not found["ok"]:
+        raise typer.Exit(1)
+
+
+async def _look(config: "Config") -> dict[str, Any]:
+    pid = running.pid_of_up(config.state_dir)
+    health = await asyncio.to_thread(_health, config)
+    database, counts = await _database(config)
+    redis = await _redis(config) if pid or not config.redis.embedded else "not running"
+    well = [pid is not None, health == "ok", database == "ok", redis == "ok"]
+    return {
+        "ok": all(well),
+        "config": str(config.source),
+        "up": "not running" if pid is None else f"process {pid}",
+        "listen": _url(config),
+        "health": health,
+        "database": database,
+        "redis": redis,
+        **counts,
+        "children": _children(config) if pid is not None else [],
+    }
+
+
+def _url(config: "Config") -> str:
+    host, port = config.server.host, config.server.port
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _health(config: "Config") -> str:
+    """What GET /healthz says on the listen address, or why it says nothing."""
+    anywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
+    host = anywhere.get(config.server.host, config.server.host)
+    connection = http.client.HTTPConnection(host, config.server.port, timeout=_HEALTH_SECONDS)
+    try:
+        connection.request("GET", "/healthz")
+        answer = connection.getresponse()
+        return "ok" if answer.status == 200 else f"answers {answer.status}"
+    except (OSError, http.client.HTTPException) as error:
+        return f"no answer: {error or type(error).__name__}"
+    finally:
+        connection.close()
+
+
+async def _database(config: "Config") -> tuple[str, dict[str, Any]]:
+    from parallama.db import accounts, database, ledger
+
+    try:
+        async with database(config.database) as engine:
+            users, active_keys = await accounts.count(engine)
+            rows = await ledger.count(engine)
+    except ParallamaError as error:
+        return str(error), {}
+    return "ok", {"users": users, "active_keys": active_keys, "usage_rows": rows}
+
+
+async def _redis(config: "Config") -> str:
+    from redis.exceptions import RedisError
+
+    from parallama.stores import connect_redis
+
+    try:
+        async with connect_redis(config) as redis:
+            await redis.ping()
+    except (RedisError, OSError, ParallamaError) as error:
+        return f"no answer: {error or type(error).__name__}"
+    return "ok"
+
+
+def _children(config: "Config") -> list[str]:
+    try:
+        told = json.loads((config.run_dir / "children.json").read_text(encoding="utf-8"))
+        return [
+            f"{name} {child['state']} (process {child['pid']}, restarts {child['restarts']})"
+            for name, child in told.items()
+        ]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return []

@@ -1,0 +1,649 @@
+"""One frozen tree of settings, from a YAML file, the environment and secret files."""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    Strict,
+    ValidationError,
+)
+
+from parallama import yamlfile
+from parallama.errors import ConfigError
+from parallama.sections import (
+    LATER,
+    Section,
+    dotted,
+    explain,
+    kind,
+    leaves,
+    nearest,
+    section,
+    subsections,
+    written,
+)
+from parallama.values import Address, Bytes, FilePath, Host, Secret, Upstream, lower, upper
+from parallama.yamlfile import Place
+
+PREFIX = "PARALLAMA_"
+CONFIG_VARIABLE = "PARALLAMA_CONFIG"
+"""Names the file itself, so it is no setting."""
+
+_LARGEST_FILE = 1 << 20
+
+Gateway = Literal["ollama", "openai"]
+Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+EnvoyLevel = Literal["trace", "debug", "info", "warning", "error", "critical", "off"]
+
+
+class Server(Section):
+    """Where clients connect: Envoy's listener."""
+
+    host: Address = Field(
+        default="127.0.0.1", description="Address to listen on; `0.0.0.0` for every interface."
+    )
+    port: int = Field(default=8000, ge=1, le=65535, description="Port to listen on.")
+    workers: int = Field(default=1, ge=1, le=1024, description="Envoy's worker threads.")
+    trusted_hops: int = Field(
+        default=0,
+        ge=0,
+        le=32,
+        description="How many proxies in front of Envoy are trusted to say who the client is "
+        "(`x-forwarded-for`). With 0 nobody is.",
+    )
+
+
+class Database(Section):
+    """Users, keys, limits and usage: in SQLite (`path`) or PostgreSQL (`host` and the rest)."""
+
+    path: FilePath = Field(
+        default=Path("parallama.db"), description="The SQLite file. Not together with `host`."
+    )
+    host: Host | None = Field(
+        default=None,
+        examples=["127.0.0.1"],
+        description="PostgreSQL's host; needs `name` and `user`. This version loads it, but serves "
+        "SQLite only.",
+    )
+    port: int = Field(default=5432, ge=1, le=65535, description="PostgreSQL's port.")
+    name: str | None = Field(
+        default=None, min_length=1, examples=["parallama"], description="PostgreSQL's database."
+    )
+    user: str | None = Field(
+        default=None, min_length=1, examples=["parallama"], description="PostgreSQL's user."
+    )
+    password_file: Secret | None = Field(
+        default=None, description="File with the password of PostgreSQL's user."
+    )
+    pool_size: int = Field(
+        default=5,
+        ge=1,
+        le=1000,
+        description="Connections of each process to PostgreSQL.",
+        json_schema_extra=LATER,
+    )
+    timeout_seconds: float = Field(
+        default=5, gt=0, description="How long to wait for a connection or a lock."
+    )
+
+    @property
+    def sqlite(self) -> bool:
+        """Whether `path` is the database; otherwise PostgreSQL at `host` is."""
+        return self.host is None
+
+    @property
+    def password(self) -> SecretStr | None:
+        return self.password_file.secret if self.password_file else None
+
+
+class Redis(Section):
+    """Counters and signals: the embedded Valkey, or a Redis or Valkey of yours."""
+
+    host: Host | None = Field(
+        default=None,
+        examples=["127.0.0.1"],
+        description="Host of your Redis or Valkey. Not set: `parallama up` starts its own Valkey, "
+        "on a unix socket in `state_dir`.",
+    )
+    port: int = Field(default=6379, ge=1, le=65535, description="Its port. Needs `host`.")
+    db: int = Field(default=0, ge=0, description="Number of the database in it.")
+    password_file: Secret | None = Field(
+        default=None, description="File with its password. The embedded Valkey uses it too."
+    )
+    timeout_seconds: float = Field(
+        default=1.0,
+        gt=0,
+        description="How long to wait for an answer before Redis counts as being away.",
+    )
+
+    @property
+    def embedded(self) -> bool:
+        return self.host is None
+
+    @property
+    def password(self) -> SecretStr | None:
+        return self.password_file.secret if self.password_file else None
+
+
+class Authentication(Section):
+    """How credentials are made, kept and checked."""
+
+    jwt_secret_key_file: Secret | None = Field(
+        default=None,
+        description="File with the key that signs access tokens.",
+        json_schema_extra=LATER,
+    )
+    access_token_expire_minutes: int = Field(
+        default=30, ge=1, description="Life of an access token.", json_schema_extra=LATER
+    )
+    refresh_token_expire_days: int = Field(
+        default=30, ge=1, description="Life of a refresh token.", json_schema_extra=LATER
+    )
+    password_hash_rounds: int = Field(
+        default=12,
+        ge=10,
+        le=16,
+        description="bcrypt cost of passwords. People choose them, so guessing has to be slow; "
+        "each step doubles the time.",
+        json_schema_extra=LATER,
+    )
+    key_hash_rounds: int = Field(
+        default=4,
+        ge=4,
+        le=12,
+        description="bcrypt cost of API keys. They carry 256 random bits that nobody can guess, so "
+        "a low cost is as strong and keeps a key's first request quick.",
+    )
+    key_cache_size: int = Field(
+        default=10_000,
+        ge=1,
+        description="How many checked keys a process remembers, so that later requests pay no "
+        "bcrypt.",
+    )
+
+    @property
+    def jwt_secret_key(self) -> SecretStr | None:
+        return self.jwt_secret_key_file.secret if self.jwt_secret_key_file else None
+
+
+class Discovery(Section):
+    """A page that lists the gateways."""
+
+    enabled: bool = Field(default=True, description="Serve it.", json_schema_extra=LATER)
+    cache_ttl: int = Field(
+        default=300, ge=0, description="Seconds to remember it.", json_schema_extra=LATER
+    )
+    include_metrics: bool = Field(
+        default=True, description="Show counts with it.", json_schema_extra=LATER
+    )
+
+
+def _envoys(default: str) -> Any:
+    """A path that the plans made a setting, and that is Envoy's to decide."""
+
+    def check(value: str) -> str:
+        if value != default:
+            raise ValueError(
+                f"must stay {default}: routes are Envoy's; add yours in envoy/routes.yaml"
+            )
+        return value
+
+    return AfterValidator(check)
+
+
+class Ollama(Section):
+    """The upstream: an Ollama, or anything that speaks the same dialects."""
+
+    host: Upstream = Field(
+        default="http://127.0.0.1",
+        description="`http://` or `https://` and a host, without port or path.",
+    )
+    port: int = Field(default=11434, ge=1, le=65535, description="The upstream's port.")
+    base_path: Annotated[str, _envoys("/ollama/v1")] = Field(
+        default="/ollama/v1",
+        description="Fixed here; routes are Envoy's: add yours in `envoy/routes.yaml`.",
+    )
+    default_model: str | None = Field(
+        default=None,
+        min_length=1,
+        examples=["llama2"],
+        description="Model of a request that names none.",
+        json_schema_extra=LATER,
+    )
+
+    @property
+    def url(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    def upstream(self) -> tuple[str, str, int]:
+        """Scheme, host (IPv6 without brackets) and port."""
+        scheme, _, host = self.host.partition("://")
+        return scheme, host.strip("[]"), self.port
+
+
+class OpenAI(Section):
+    """The gateway for OpenAI's dialect."""
+
+    base_path: Annotated[str, _envoys("/openai/v1")] = Field(
+        default="/openai/v1",
+        description="Fixed here; routes are Envoy's: add yours in `envoy/routes.yaml`.",
+    )
+    compatibility_mode: bool = Field(
+        default=True, description="Serve OpenAI's paths.", json_schema_extra=LATER
+    )
+    model_mappings: Annotated[
+        dict[str, Annotated[str, Field(min_length=1)]], Field(examples=[{"gpt-4": "llama2:70b"}])
+    ] = Field(
+        default={},
+        description="Names that clients may use, and the models they mean.",
+        json_schema_extra=LATER,
+    )
+
+
+class ApiGateways(Section):
+    """What is offered to clients, and the upstream behind it."""
+
+    enabled: Annotated[tuple[Gateway, ...], Strict(False)] = Field(
+        default=("ollama", "openai"),
+        min_length=1,
+        description="Gateways that are served: `ollama`, `openai`.",
+    )
+    discovery: Discovery = section()
+    ollama: Ollama = section()
+    openai: OpenAI = section()
+
+
+class RateLimiting(Section):
+    """How limits are kept. Which limits there are is in the database: `parallama limits`."""
+
+    bytes_per_token: float = Field(
+        default=4.0,
+        gt=0,
+        description="How many bytes of a request's body are taken for one token when tokens are "
+        "reserved.",
+    )
+    default_max_tokens: int = Field(
+        default=512,
+        ge=1,
+        description="Tokens reserved for the answer to a request that names no maximum.",
+    )
+    reservation_seconds: int = Field(
+        default=900,
+        ge=1,
+        description="When a reservation that nobody settled expires. Set it longer than your "
+        "longest answer takes.",
+    )
+    when_redis_is_away: Literal["deny", "allow"] = Field(
+        default="deny",
+        description="`deny` refuses limited requests until Redis answers again, `allow` lets them "
+        "pass unlimited.",
+    )
+    cache_size: int = Field(
+        default=10_000, ge=1, description="How many users' limits a process remembers."
+    )
+
+
+class Usage(Section):
+    """How usage is recorded."""
+
+    batch_rows: int = Field(default=500, ge=1, le=10_000, description="Most rows per insert.")
+    flush_seconds: float = Field(
+        default=0.2, gt=0, le=60, description="Longest wait of a row for others to join its insert."
+    )
+
+
+class Envoy(Section):
+    """Envoy, which does the routing."""
+
+    dir: FilePath | None = Field(
+        default=None,
+        examples=["envoy"],
+        description="Folder with your `envoy.yaml` and the files beside it. Not set: the files "
+        "that come with Parallama.",
+    )
+    log_level: Annotated[EnvoyLevel, BeforeValidator(lower)] = Field(
+        default="warning",
+        description='`trace`, `debug`, `info`, `warning`, `error`, `critical` or `"off"`.',
+    )
+
+
+class Model(Section):
+    """The small bundled model, for a try-out without an Ollama."""
+
+    bundled: bool = Field(
+        default=False, description="`parallama up` also starts the bundled model with llama.cpp."
+    )
+    port: int = Field(default=0, ge=0, le=65535, description="Its port; 0 takes a free one.")
+    context_tokens: int = Field(
+        default=8192, ge=256, description="Size of its context, shared by all slots."
+    )
+    parallel: int = Field(default=4, ge=1, le=256, description="Requests it works on at once.")
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        examples=[4],
+        description="Its threads. Not set: as many as there are cores.",
+    )
+
+
+class Shutdown(Section):
+    """How Parallama leaves."""
+
+    drain_seconds: float = Field(
+        default=30, ge=0, description="How long running requests may take to end after SIGTERM."
+    )
+
+
+class Logging(Section):
+    """What our processes say about themselves. Never a key, a prompt or an answer."""
+
+    level: Annotated[Level, BeforeValidator(upper)] = Field(
+        default="INFO", description="`DEBUG`, `INFO`, `WARNING`, `ERROR` or `CRITICAL`."
+    )
+    dir: FilePath | None = Field(
+        default=None,
+        examples=["/var/log/parallama"],
+        description="Folder for one log file per service. Not set: standard error.",
+    )
+    max_size: Bytes = Field(
+        default="100M",
+        validate_default=True,
+        ge=1024,
+        description="Size at which a log file is put aside: bytes, or with K, M or G.",
+    )
+    backup_count: int = Field(
+        default=10, ge=1, le=1000, description="How many files put aside are kept."
+    )
+    format: Literal["auto", "json", "text"] = Field(
+        default="auto", description="`json`, `text`, or `auto`: text on a terminal, else JSON."
+    )
+    requests: bool = Field(default=True, description="One line for each finished request.")
+
+
+class Config(Section):
+    """Everything that can be set. Made by `load`."""
+
+    server: Server = section()
+    state_dir: FilePath = Field(
+        default=Path("state"),
+        description="Folder for sockets, counters and the files that Envoy is given.",
+    )
+    database: Database = section()
+    redis: Redis = section()
+    authentication: Authentication = section()
+    api_gateways: ApiGateways = section()
+    rate_limiting: RateLimiting = section()
+    usage: Usage = section()
+    envoy: Envoy = section()
+    model: Model = section()
+    shutdown: Shutdown = section()
+    logging: Logging = section()
+
+    _source: Path = PrivateAttr(default_factory=lambda: Path.cwd() / "config.yaml")
+
+    @property
+    def source(self) -> Path:
+        """The file this came from."""
+        return self._source
+
+    @property
+    def dir(self) -> Path:
+        """The file's folder, where relative paths start."""
+        return self._source.parent
+
+    @property
+    def run_dir(self) -> Path:
+        return self.state_dir / "run"
+
+    def model_post_init(self, context: Any) -> None:
+        if context:
+            self._source = context["source"]
+
+
+# Loading
+
+
+@dataclass(frozen=True, slots=True)
+class _Mistake:
+    place: Place
+    origin: str  # "line 3", or the name of an environment variable
+    text: str
+
+    def __str__(self) -> str:
+        name = dotted(self.place)
+        where = f"{name} ({self.origin})" if name and self.origin else name or self.origin
+        return f"{where}: {self.text}" if where else self.text
+
+
+Origins = dict[Place, str]
+
+
+def load(path: Path, environ: Mapping[str, str]) -> Config:
+    """
+    Read the configuration, once for the life of a process.
+
+    Raises ConfigError with every mistake in one message, a line each. No line holds a value.
+    """
+    source = path.absolute()
+    document = yamlfile.parse(_read(source))
+    origins: Origins = {place: f"line {line}" for place, line in document.lines.items()}
+    mistakes = [_Mistake(m.place, f"line {m.line}", m.text) for m in document.mistakes]
+    if document.broken:
+        # What cannot be read may hold anything: of the rest only the names can be judged.
+        mistakes += _overlay(environ, {}, origins)
+        raise ConfigError(_report(source, mistakes))
+    if not isinstance(document.data, dict) and document.data is not yamlfile.UNREAD:
+        mistakes.append(_Mistake((), "", _not_a_mapping(document.data)))
+    data = document.data if isinstance(document.data, dict) else {}
+    mistakes += _overlay(environ, data, origins)
+    mistakes += _contradictions(data, origins)
+    context = {"dir": source.parent, "source": source}
+    try:
+        config = Config.model_validate(_filled(data, Config), context=context)
+    except ValidationError as error:
+        mistakes += _invalid(error, origins)
+        raise ConfigError(_report(source, mistakes)) from None
+    if mistakes:
+        raise ConfigError(_report(source, mistakes))
+    return config
+
+
+def _read(source: Path) -> str:
+    try:
+        with source.open("rb") as file:
+            raw = file.read(_LARGEST_FILE + 1)
+    except FileNotFoundError:
+        raise ConfigError(f"{source}: no such file; `parallama init` writes a first one") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{source}: is a folder; name the file in it") from None
+    except OSError as error:
+        raise ConfigError(f"{source}: cannot be read: {error.strerror}") from None
+    if len(raw) > _LARGEST_FILE:
+        raise ConfigError(f"{source}: is larger than {_LARGEST_FILE} bytes; is it the right file?")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{source}: line {line} is not UTF-8 text: save it as UTF-8") from None
+
+
+def _not_a_mapping(data: object) -> str:
+    if data is None:
+        return "the file is empty: copy config.example.yaml, or write {} for the defaults"
+    return f"the file is {kind(data)}; it must be settings by name, such as server: {{port: 8000}}"
+
+
+def _overlay(environ: Mapping[str, str], data: dict[str, Any], origins: Origins) -> list[_Mistake]:
+    """Put what the environment sets into `data`. Returns what is wrong with it."""
+    places = {"__".join(leaf.place).upper(): leaf.place for leaf in leaves(Config)}
+    mistakes = []
+    for name in sorted(environ):
+        if not name.startswith(PREFIX) or name == CONFIG_VARIABLE:
+            continue
+        place = places.get(name.removeprefix(PREFIX))
+        if place is None:
+            mistakes.append(_Mistake((), name, _unknown_variable(name, places)))
+            continue
+        value = yamlfile.parse(environ[name])
+        origins[place] = name
+        if value.mistakes:
+            text = "is not a YAML value: if it is text, put it in double quotes of its own"
+            mistakes.append(_Mistake(place, name, text))
+        else:
+            _put(value.data, place, data)
+    return mistakes
+
+
+def _put(value: object, place: tuple[str, ...], data: dict[str, Any]) -> None:
+    for step in place[:-1]:
+        if data.get(step) is None:
+            data[step] = {}
+        if not isinstance(data[step], dict):
+            return  # the file has a plain value where a section belongs, and validation says so
+        data = data[step]
+    data[place[-1]] = value
+
+
+def _unknown_variable(name: str, known: Iterable[str]) -> str:
+    if near := nearest(name.removeprefix(PREFIX).upper(), known):
+        return f"unknown setting; did you mean {PREFIX}{near}?"
+    return f"unknown setting; names look like {PREFIX}SERVER__PORT, for server.port"
+
+
+def _filled(data: Mapping[str, Any], model: type[Section]) -> dict[str, Any]:
+    """With {} for sections whose settings are all commented out: in YAML they are null."""
+    filled = dict(data)
+    for name, inner in subsections(model):
+        if name in filled and filled[name] is None:
+            filled[name] = {}
+        elif isinstance(filled.get(name), dict):
+            filled[name] = _filled(filled[name], inner)
+    return filled
+
+
+def _contradictions(data: Mapping[str, Any], origins: Origins) -> Iterator[_Mistake]:
+    """What is wrong between settings. Asked of plain data: it is told beside other mistakes."""
+    database = data.get("database")
+    if not isinstance(database, dict):
+        return
+    given = {name for name, value in database.items() if value is not None}
+    if {"path", "host"} <= given:
+        yield _about_database(
+            "path", "is SQLite's and database.host is PostgreSQL's: remove one of the two", origins
+        )
+    for name in ("name", "user"):
+        if "host" in given and name not in given:
+            yield _about_database(
+                name, "is missing: PostgreSQL (database.host) needs it, such as parallama", origins
+            )
+    for name in ("name", "user", "password_file"):
+        if "host" not in given and name in given:
+            yield _about_database(
+                name, "belongs to PostgreSQL: set database.host too, or remove it", origins
+            )
+
+
+def _about_database(name: str, text: str, origins: Origins) -> _Mistake:
+    place = ("database", name)
+    return _Mistake(place, _origin(place, origins), text)
+
+
+def _invalid(error: ValidationError, origins: Origins) -> Iterator[_Mistake]:
+    for each in error.errors(include_url=False):
+        place = each["loc"]
+        told = each["input"] is yamlfile.UNREAD and each["type"] != "extra_forbidden"
+        if not told:
+            yield _Mistake(place, _origin(place, origins), explain(each, Config))
+
+
+def _origin(place: Place, origins: Origins) -> str:
+    while place and place not in origins:
+        place = place[:-1]
+    return origins.get(place, "")
+
+
+def _report(source: Path, mistakes: Iterable[_Mistake]) -> str:
+    def by_line(mistake: _Mistake) -> tuple[int, str]:
+        line = mistake.origin.removeprefix("line ")
+        return (int(line) if line.isdecimal() else sys.maxsize, str(mistake))
+
+    lines = [f"  {mistake}" for mistake in sorted(mistakes, key=by_line)]
+    count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+    return "\n".join([f"{source}: {count}", *lines])
+
+
+class Setting(NamedTuple):
+    path: str
+    default: Any
+    description: str
+
+
+def settings(model: type[Section] = Config) -> Iterator[Setting]:
+    """Every setting by its dotted path, with its default as one would write it."""
+    for place, field in leaves(model):
+        default = str(field.default) if isinstance(field.default, Path) else field.default
+        default = list(default) if isinstance(default, tuple) else default
+        later = " Not used yet." if field.json_schema_extra == LATER else ""
+        yield Setting(dotted(place), default, f"{field.description}{later}")
+
+
+def warnings(config: Config) -> list[str]:
+    """What was set and has no effect: nobody is left believing that it had."""
+    found = [
+        f"{dotted(place)} has no effect yet: it belongs to a later release"
+        for place, field in leaves(Config)
+        if field.json_schema_extra == LATER and _is_set(config, place)
+    ]
+    for name, store in (("database", config.database), ("redis", config.redis)):
+        if store.host is None and "port" in store.model_fields_set:
+            found.append(f"{name}.port has no effect without {name}.host")
+    return found
+
+
+def _is_set(config: Config, place: tuple[str, ...]) -> bool:
+    at: Section = config
+    for step in place[:-1]:
+        at = getattr(at, step)
+    return place[-1] in at.model_fields_set
+
+
+# docs/configuration.md
+
+
+def document(text: str) -> str:
+    """`text` with the tables of settings between its two markers made anew."""
+    before, begin, rest = text.partition("<!-- settings: made by python -m parallama.config -->\n")
+    _, end, after = rest.partition("<!-- end of settings -->\n")
+    return before + begin + "\n".join(_tables(Config, ())) + end + after
+
+
+def _tables(model: type[Section], above: tuple[str, ...]) -> Iterator[str]:
+    own = [leaf for leaf in leaves(model) if len(leaf.place) == 1]
+    yield f"\n### {dotted(above) or 'At the top'}\n"
+    if above:
+        yield f"{model.__doc__}\n"
+    if own:
+        yield "| setting | default | what it is |\n|---|---|---|"
+    described = {setting.path: setting for setting in settings(model)}
+    for leaf in own:
+        _, default, description = described[leaf.place[0]]
+        shown = "not set" if default is None else f"`{written(default)}`"
+        yield f"| `{dotted((*above, *leaf.place))}` | {shown} | {description} |"
+    for name, inner in subsections(model):
+        yield from _tables(inner, (*above, name))
+    if not above:
+        yield ""
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        Path(name).write_text(document(Path(name).read_text("utf-8")), "utf-8")

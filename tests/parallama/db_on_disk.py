@@ -1,0 +1,69 @@
+"""A migrated SQLite file, and things to put into it: valid by default, override one field."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from parallama import db, keys
+from parallama.config import Database
+from parallama.usage import UsageRecord
+
+T = TypeVar("T")
+NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+
+
+def settings(folder: Path, **fields: Any) -> Database:
+    return Database.model_validate({"path": str(folder / "parallama.db"), **fields})
+
+
+def on(folder: Path, work: Callable[[AsyncEngine], Awaitable[T]]) -> T:
+    """Run `work` on the database in `folder`, migrated first."""
+
+    async def both() -> T:
+        await db.upgrade(settings(folder))
+        async with db.database(settings(folder)) as engine:
+            return await work(engine)
+
+    return asyncio.run(both())
+
+
+def a_minted(seed: int = 1) -> keys.Minted:
+    return keys.mint(lambda count: bytes([seed]) * count, rounds=4)
+
+
+_RECORD = UsageRecord(
+    request_id="r1",
+    timestamp=NOW,
+    user_id="7c1f2c1e-0000-4000-8000-000000000001",
+    username="anna",
+    key_id=None,
+    gateway="ollama",
+    dialect="ollama",
+    endpoint="/api/chat",
+    model_name="llama3",
+    served_model="llama3",
+    prompt_tokens=10,
+    completion_tokens=20,
+    cached_tokens=None,
+    tokens_used=30,
+    token_source="reported",
+    streamed=True,
+    finished=True,
+    aborted=False,
+    status_code=200,
+    flags="",
+    error_message=None,
+    request_duration=1.5,
+    time_to_first_token=0.25,
+    compute_ms=900.0,
+    upstream_host="127.0.0.1:11434",
+)
+
+
+def a_record(request_id: str = "r1", **fields: Any) -> UsageRecord:
+    return replace(_RECORD, request_id=request_id, **fields)

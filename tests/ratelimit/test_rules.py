@@ -1,0 +1,225 @@
+from dataclasses import replace
+
+import pytest
+
+from parallama.limits import Limit, Unit, Window
+from ratelimit.rules import (
+    MOST_TOKENS,
+    Admitted,
+    Estimate,
+    Level,
+    Reserve,
+    Room,
+    admit,
+    buckets,
+    duration,
+    refuse,
+    requests_among,
+)
+
+NOON = 1_700_049_600.0  # 2023-11-15 12:00:00 UTC
+ASK = Reserve(
+    user="u",
+    gateway="openai",
+    dialect="openai",
+    model="smollm2",
+    endpoint="/v1/chat/completions",
+    max_tokens=100,
+    body_bytes=400,
+    request_id="r",
+)
+
+
+def limit(unit=Unit.REQUESTS, window=Window.MINUTE, amount=10, *, gateway="*", model="*") -> Limit:
+    return Limit(gateway, model, unit, window, amount)
+
+
+def level(at: Limit, used=0, reserved=0, *, full=False, now=NOON) -> Level:
+    (bucket,) = buckets([at], "openai", "smollm2", now)
+    return Level(bucket, used, reserved, full)
+
+
+@pytest.mark.parametrize(
+    ("gateway", "model", "meets"),
+    [
+        pytest.param("*", "*", True, id="everything"),
+        pytest.param("openai", "*", True, id="this gateway"),
+        pytest.param("ollama", "*", False, id="another gateway"),
+        pytest.param("*", "smollm2", True, id="this model"),
+        pytest.param("*", "smol*", True, id="a prefix of the model"),
+        pytest.param("*", "smol", False, id="a prefix without its star"),
+        pytest.param("*", "llama3", False, id="another model"),
+        pytest.param("ollama", "smollm2", False, id="this model elsewhere"),
+    ],
+)
+def test_a_call_meets_the_limits_that_cover_it(gateway, model, meets):
+    met = buckets([limit(gateway=gateway, model=model)], "openai", "smollm2", NOON)
+    assert len(met) == meets
+
+
+def test_requests_come_before_tokens():
+    met = buckets([limit(Unit.TOKENS), limit(), limit(Unit.TOKENS, Window.DAY)], "o", "m", NOON)
+    assert [bucket.limit.unit for bucket in met] == [Unit.REQUESTS, Unit.TOKENS, Unit.TOKENS]
+    assert requests_among(met) == 1
+
+
+def test_a_changed_amount_keeps_the_bucket():
+    few, many = (buckets([limit(amount=n)], "o", "m", NOON)[0] for n in (1, 1000))
+    assert few.name == many.name
+
+
+@pytest.mark.parametrize(
+    ("window", "later", "same"),
+    [
+        (Window.MINUTE, 59.9, True),
+        (Window.MINUTE, 60, False),
+        (Window.HOUR, 3599, True),
+        (Window.HOUR, 3600, False),
+        (Window.DAY, 3600, True),
+        (Window.DAY, 12 * 3600 - 1, True),
+        (Window.DAY, 12 * 3600, False),
+    ],
+)
+def test_each_window_has_its_own_bucket(window, later, same):
+    at, after = (buckets([limit(window=window)], "o", "m", NOON + n)[0] for n in (0, later))
+    assert (at.name == after.name) is same
+
+
+def test_no_two_limits_share_a_name():
+    cells = [
+        limit(gateway=gateway, model=model)
+        for gateway, model in [("a", "b:c"), ("a:b", "c"), ("a", "b%3Ac"), ("a:", "b"), ("*", "*")]
+    ]
+    cells += [limit(Unit.TOKENS), limit(window=Window.DAY), limit(Unit.TOKENS, Window.DAY)]
+    names = {buckets([cell], cell.gateway, cell.model, NOON)[0].name for cell in cells}
+    assert len(names) == len(cells)
+
+
+@pytest.mark.parametrize(
+    "hostile", ["a}b{c", "naïve 模型 🦙", "x" * 10_000, "a b\r\nc", "%7D", "a:b"]
+)
+def test_a_name_cannot_leave_its_part_of_the_key(hostile):
+    (bucket,) = buckets([limit(model=hostile)], "openai", hostile, NOON)
+    assert bucket.name.isascii()
+    assert not set(bucket.name) & set("{} \r\n")
+    assert bucket.name.count(":") == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "tokens"),
+    [
+        pytest.param({}, 200, id="prompt by its size, and the maximum named"),
+        pytest.param({"max_tokens": None}, 612, id="no maximum named"),
+        pytest.param({"body_bytes": 401}, 201, id="a part of a token is one"),
+        pytest.param({"endpoint": "/v1/embeddings"}, 100, id="embeddings write nothing"),
+        pytest.param({"endpoint": "/api/embed", "body_bytes": 0}, 1, id="never nothing"),
+        pytest.param({"max_tokens": 10**18}, MOST_TOKENS, id="no more than can be counted"),
+    ],
+)
+def test_estimate(change, tokens):
+    assert Estimate(4, 512).tokens(replace(ASK, **change)) == tokens
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(1, "1s"), (59, "59s"), (60, "1m0s"), (360, "6m0s"), (3600, "1h0m0s"), (86399, "23h59m59s")],
+)
+def test_durations_are_written_as_go_does(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_the_tightest_limit_of_each_unit_is_shown():
+    levels = [
+        level(limit(amount=10), used=1),
+        level(limit(window=Window.DAY, amount=100), used=98),
+        level(limit(Unit.TOKENS, amount=1000), used=100, reserved=300),
+    ]
+    assert admit(levels, "r", 300, NOON + 0.5) == Admitted(
+        "r", 300, Room(100, 2, 12 * 3600), Room(1000, 600, 60)
+    )
+
+
+def test_of_equally_tight_limits_the_slower_is_shown():
+    levels = [level(limit(), used=10), level(limit(window=Window.HOUR), used=10)]
+    assert admit(levels, "r", 0, NOON).requests == Room(10, 0, 3600)
+
+
+def test_only_tokens_are_settled():
+    assert admit([level(limit(), used=1)], "r", 9, NOON) == Admitted(None, 0, Room(10, 9, 60), None)
+
+
+def test_nothing_left_is_never_less_than_nothing():
+    assert admit([level(limit(Unit.TOKENS), used=90)], "r", 1, NOON).tokens == Room(10, 0, 60)
+
+
+@pytest.mark.parametrize(
+    ("levels", "code", "wait", "may_retry", "words"),
+    [
+        pytest.param(
+            [level(limit(), used=10, full=True)],
+            "rate_limit_exceeded", 48, True,
+            "You have reached your limit of 10 requests per minute. "
+            "It resets in 48s: try again then.",
+            id="minute",
+        ),
+        pytest.param(
+            [level(limit(window=Window.DAY, model="smol*"), used=10, full=True)],
+            "insufficient_quota", 43188, False,
+            "You have used up your limit of 10 requests per day for model smol*. It resets in "
+            "11h59m48s: wait until then, or ask your administrator for a higher limit.",
+            id="day",
+        ),
+        pytest.param(
+            [
+                level(limit(), used=10, full=True),
+                level(limit(window=Window.HOUR), used=12, full=True),
+                level(limit(window=Window.DAY), used=9),
+            ],
+            "insufficient_quota", 3588, False,
+            "per hour", id="the slowest of the full ones, not of all",
+        ),
+        pytest.param(
+            [level(limit(Unit.TOKENS, Window.DAY, 0, gateway="openai"), full=True)],
+            "insufficient_quota", 43188, False,
+            "You have no allowance for tokens on openai: your limit is 0 per day. "
+            "Ask your administrator for one.",
+            id="no allowance",
+        ),
+        pytest.param(
+            [
+                level(limit(amount=0), full=True),
+                level(limit(window=Window.DAY), used=10, full=True),
+            ],
+            "insufficient_quota", 48, False,
+            "no allowance", id="no allowance wins: waiting does not help",
+        ),
+        pytest.param(
+            [level(limit(Unit.TOKENS, Window.DAY, 100), used=50, reserved=40, full=True)],
+            "rate_limit_exceeded", 5, True,
+            "Your requests that are still running hold the rest of your limit of 100 tokens per "
+            "day. Try again when one of them has finished, or ask for fewer tokens (max_tokens).",
+            id="held by requests that still run",
+        ),
+        pytest.param(
+            [
+                level(limit(Unit.TOKENS, Window.DAY, 100), reserved=100, full=True),
+                level(limit(), used=10, full=True),
+            ],
+            "rate_limit_exceeded", 48, True,
+            "10 requests per minute", id="what is gone wins over what is held",
+        ),
+        pytest.param(
+            [level(limit(Unit.TOKENS, amount=1), used=1, full=True)],
+            "rate_limit_exceeded", 48, True, "1 token per minute", id="one is singular",
+        ),
+    ],
+)  # fmt: skip
+def test_refusals(levels, code, wait, may_retry, words):
+    refused = refuse(levels, NOON + 12)
+    assert (refused.code, refused.retry_after, refused.may_retry) == (code, wait, may_retry)
+    assert words in refused.message
+
+
+def test_a_wait_is_never_shorter_than_it_says():
+    assert refuse([level(limit(), used=10, full=True)], NOON + 58.7).retry_after == 2
+    assert refuse([level(limit(), used=10, full=True)], NOON + 59.99).retry_after == 1

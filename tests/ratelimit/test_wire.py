@@ -1,0 +1,171 @@
+import json
+
+import pytest
+from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
+
+from ratelimit import wire
+from ratelimit.rules import MOST_TOKENS, UNLIMITED, Admitted, Refused, Reserve, Room, Settle
+
+RESERVE = {
+    "user": "u1", "role": "user", "key": "k1", "gateway": "openai", "dialect": "openai",
+    "model": "smollm2", "endpoint": "/v1/chat/completions", "max_tokens": "100",
+    "body_bytes": "400", "request_id": "r1",
+}  # fmt: skip
+
+
+def request(entries, hits=None) -> RateLimitRequest:
+    call = RateLimitRequest(domain="parallama")
+    descriptor = call.descriptors.add()
+    for key, value in entries.items():
+        descriptor.entries.add(key=key, value=value)
+    if hits is not None:
+        descriptor.hits_addend.value = hits
+    return call
+
+
+def headers(response: RateLimitResponse) -> dict[str, str]:
+    return {header.key: header.value for header in response.response_headers_to_add}
+
+
+def test_a_reserve_call():
+    assert wire.parse(request(RESERVE)) == Reserve(
+        user="u1",
+        gateway="openai",
+        dialect="openai",
+        model="smollm2",
+        endpoint="/v1/chat/completions",
+        max_tokens=100,
+        body_bytes=400,
+        request_id="r1",
+    )
+
+
+@pytest.mark.parametrize("name", ["role", "key", "model", "endpoint", "max_tokens", "body_bytes"])
+def test_what_is_optional_may_be_empty_or_absent(name):
+    without = {key: value for key, value in RESERVE.items() if key != name}
+    assert wire.parse(request({**RESERVE, name: ""})) == wire.parse(request(without))
+
+
+@pytest.mark.parametrize("name", ["user", "gateway", "dialect", "request_id"])
+def test_what_is_needed_may_not(name):
+    without = {key: value for key, value in RESERVE.items() if key != name}
+    for entries in ({**RESERVE, name: ""}, without):
+        with pytest.raises(wire.BadCall, match=f"{name} is missing"):
+            wire.parse(request(entries))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("", None), ("0", None), ("-1", None), ("-2", None), ("1", 1), ("007", 7),
+        ("9" * 18, 10**18 - 1), ("9" * 5000, MOST_TOKENS),
+    ],
+)  # fmt: skip
+def test_max_tokens(text, value):
+    ask = wire.parse(request({**RESERVE, "max_tokens": text}))
+    assert isinstance(ask, Reserve)
+    assert ask.max_tokens == value
+
+
+@pytest.mark.parametrize("text", ["a", "1.5", "1e9", " 1", "+1", "--1", "-", "٣", "0x10", "1_0"])
+@pytest.mark.parametrize("name", ["max_tokens", "body_bytes"])
+def test_what_is_no_number_is_refused(name, text):
+    with pytest.raises(wire.BadCall, match=f"{name} is not a whole number"):
+        wire.parse(request({**RESERVE, name: text}))
+
+
+def test_a_settle_call():
+    call = request({"user": "u1", "reservation": "r1"}, hits=42)
+    assert wire.parse(call) == Settle("u1", "r1", 42)
+
+
+def test_settling_nothing_is_not_settling_one():
+    assert wire.parse(request({"user": "u1", "reservation": "r1"}, hits=0)) == Settle("u1", "r1", 0)
+
+
+def test_a_charge_is_bounded():
+    call = request({"user": "u1", "reservation": "r1"}, hits=2**64 - 1)
+    assert wire.parse(call) == Settle("u1", "r1", MOST_TOKENS)
+
+
+def twice(call: RateLimitRequest) -> RateLimitRequest:
+    call.descriptors.append(call.descriptors[0])
+    return call
+
+
+def repeated(call: RateLimitRequest) -> RateLimitRequest:
+    call.descriptors[0].entries.add(key="user", value="u2")
+    return call
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(RateLimitRequest(), id="empty"),
+        pytest.param(request({}), id="no entries"),
+        pytest.param(twice(request(RESERVE)), id="two descriptors"),
+        pytest.param(repeated(request(RESERVE)), id="two users"),
+        pytest.param(request({**RESERVE, "dialect": "klingon"}), id="unknown dialect"),
+        pytest.param(request({"user": "u1", "reservation": "r1"}), id="no addend"),
+        pytest.param(request({"user": "u1", "reservation": ""}, hits=1), id="no reservation"),
+        pytest.param(request({"reservation": "r1"}, hits=1), id="no user"),
+    ],
+)
+def test_bad_calls(call):
+    with pytest.raises(wire.BadCall):
+        wire.parse(call)
+
+
+def test_an_admitted_call():
+    response = wire.admitted(Admitted("r1", 200, Room(10, 9, 48), Room(1000, 800, 3600)))
+    assert response.overall_code == RateLimitResponse.OK
+    assert not response.raw_body
+    assert dict(response.dynamic_metadata) == {
+        "reservation": "r1",
+        "granted": 200,
+        "tokens_left": 800,
+        "requests_left": 9,
+    }
+    assert headers(response) == {
+        "x-ratelimit-limit-requests": "10",
+        "x-ratelimit-remaining-requests": "9",
+        "x-ratelimit-reset-requests": "48s",
+        "x-ratelimit-limit-tokens": "1000",
+        "x-ratelimit-remaining-tokens": "800",
+        "x-ratelimit-reset-tokens": "1h0m0s",
+    }
+
+
+def test_an_unlimited_call_leaves_nothing_to_settle():
+    response = wire.admitted(UNLIMITED)
+    assert response == RateLimitResponse(overall_code=RateLimitResponse.OK)
+
+
+def test_a_unit_without_a_limit_has_no_headers():
+    response = wire.admitted(Admitted(None, 0, Room(10, 9, 48), None))
+    assert {name.rpartition("-")[2] for name in headers(response)} == {"requests"}
+    assert set(dict(response.dynamic_metadata)) == {"requests_left"}
+
+
+def refused(dialect, *, may_retry=True) -> RateLimitResponse:
+    answer = Refused("rate_limit_exceeded", "Too fast.", 48, may_retry, Room(10, 0, 48), None)
+    return wire.refused(answer, dialect)
+
+
+def test_a_refusal():
+    response = refused("openai")
+    assert response.overall_code == RateLimitResponse.OVER_LIMIT
+    found = headers(response)
+    assert found["content-type"] == "application/json"
+    assert found["retry-after"] == "48"
+    assert found["x-ratelimit-remaining-requests"] == "0"
+    assert "x-should-retry" not in found
+    assert json.loads(response.raw_body)["error"]["code"] == "rate_limit_exceeded"
+
+
+def test_a_refusal_that_waiting_does_not_help():
+    assert headers(refused("openai", may_retry=False))["x-should-retry"] == "false"
+
+
+def test_ollama_gets_one_sentence():
+    assert json.loads(refused("ollama").raw_body) == {"error": "Too fast."}

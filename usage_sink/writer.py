@@ -1,0 +1,88 @@
+"""Rows wait here until the database has them: a bounded queue, batches, retries."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from parallama.errors import ParallamaError
+from parallama.usage import UsageRecord
+
+log = logging.getLogger(__name__)
+
+_FIRST_RETRY_SECONDS = 0.1
+_LONGEST_RETRY_SECONDS = 5.0
+
+
+class Writer:
+    """
+    Stores records in batches. A batch is forgotten only after `add` returned.
+
+    When the queue is full `put` waits, which in the end holds back Envoy.
+    """
+
+    def __init__(
+        self,
+        add: Callable[[Sequence[UsageRecord]], Awaitable[int]],
+        *,
+        batch_rows: int,
+        flush_seconds: float,
+        queue_rows: int,
+    ) -> None:
+        self._add = add
+        self._batch_rows = batch_rows
+        self._flush_seconds = flush_seconds
+        self._queue: asyncio.Queue[UsageRecord] = asyncio.Queue(queue_rows)
+
+    async def put(self, record: UsageRecord) -> None:
+        await self._queue.put(record)
+
+    async def run(self) -> None:
+        """Write for ever."""
+        while True:
+            batch = [await self._queue.get()]
+            if self._queue.qsize() < self._batch_rows:
+                await asyncio.sleep(self._flush_seconds)
+            while len(batch) < self._batch_rows and not self._queue.empty():
+                batch.append(self._queue.get_nowait())
+            await self._store(batch)
+            for _ in batch:
+                self._queue.task_done()
+
+    async def drain(self) -> None:
+        """Return when all that was put is stored."""
+        await self._queue.join()
+
+    @property
+    def waiting(self) -> int:
+        """Rows that are not stored yet, without those in the batch being written."""
+        return self._queue.qsize()
+
+    async def _store(self, batch: Sequence[UsageRecord]) -> None:
+        pause = _FIRST_RETRY_SECONDS
+        while True:
+            try:
+                stored = await self._add(batch)
+            except ParallamaError as error:
+                log.warning("rows not stored yet", extra={"rows": len(batch), "cause": str(error)})
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, _LONGEST_RETRY_SECONDS)
+            else:
+                if stored < len(batch):
+                    log.info("rows were there already", extra={"rows": len(batch) - stored})
+                return
+
+
+@asynccontextmanager
+async def writing(writer: Writer, *, deadline: float) -> AsyncIterator[Writer]:
+    """Run `writer`; on the way out give it `deadline` seconds to store what it was given."""
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(writer.run(), name="usage writer")
+        try:
+            yield writer
+            async with asyncio.timeout(deadline):
+                await writer.drain()
+        except TimeoutError:
+            log.error("rows lost: the database did not take them", extra={"rows": writer.waiting})
+        finally:
+            running.cancel()
