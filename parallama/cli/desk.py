@@ -51,9 +51,9 @@ def run(path: Path | None, work: Callable[[Desk], Awaitable[T]]) -> T:
 
 
 async def _run(config: "Config", work: Callable[[Desk], Awaitable[T]]) -> T:
-    from parallama.db import database
+    from parallama.db.manage.schema import managed
 
-    async with database(config.database) as engine:
+    async with managed(config.database) as engine:
         desk = Desk(config, engine, datetime.now(UTC))
         result = await work(desk)
     if desk.changes:

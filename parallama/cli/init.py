@@ -82,14 +82,14 @@ def init(
 
 def _write_config(path: Path, text: str) -> None:
     """Under its own name it appears last: what is there is whole, and has its database."""
-    from parallama import db
     from parallama.config import load
+    from parallama.db.manage.schema import upgrade
 
     fresh = path.with_name(f".config.yaml.{os.getpid()}")
     try:
         fresh.touch(0o600)
         fresh.write_text(text, encoding="utf-8")
-        asyncio.run(db.upgrade(load(fresh, os.environ).database))
+        asyncio.run(upgrade(load(fresh, os.environ).database))
         os.link(fresh, path)  # unlike a rename, refuses to overwrite
     except FileExistsError:
         raise _taken(path) from None

@@ -18,7 +18,7 @@ from parallama.cli.options import (
 from parallama.cli.show import note, show, show_rows
 
 if TYPE_CHECKING:
-    from parallama.db.accounts import ApiKey
+    from parallama.db.manage.people import ApiKey
 
 app = typer.Typer(name="keys", help="What users come in with.", no_args_is_help=True)
 
@@ -52,11 +52,11 @@ def create(
     """Create a key for USER and print it. This is the only time: it is stored as a hash."""
 
     async def work(desk: Desk) -> tuple["ApiKey", str]:
-        from parallama.db import accounts
+        from parallama.db.manage import people
         from parallama.keys import mint
 
         minted = mint(os.urandom, rounds=desk.config.authentication.key_hash_rounds)
-        key = await accounts.create_key(
+        key = await people.create_key(
             desk.engine,
             user,
             minted,
@@ -83,9 +83,9 @@ def list_(
     """List keys, oldest first, with those that expired or were revoked."""
 
     async def work(desk: Desk) -> list["ApiKey"]:
-        from parallama.db import accounts
+        from parallama.db.manage import people
 
-        return await accounts.list_keys(desk.engine, user)
+        return await people.list_keys(desk.engine, user)
 
     show_rows(map(_row, run(config, work)), output, _COLUMNS)
 
@@ -95,9 +95,9 @@ def get(key: KeyArgument, config: ConfigPath = None, output: OutputFormat = Outp
     """Show what is known about one key."""
 
     async def work(desk: Desk) -> "ApiKey":
-        from parallama.db import accounts
+        from parallama.db.manage import people
 
-        return await accounts.get_key(desk.engine, key)
+        return await people.get_key(desk.engine, key)
 
     show(_row(run(config, work)), output)
 
@@ -109,9 +109,9 @@ def revoke(
     """Stop a key within a second, for good."""
 
     async def work(desk: Desk) -> "ApiKey":
-        from parallama.db import accounts
+        from parallama.db.manage import people
 
-        revoked = await accounts.revoke_key(desk.engine, key, now=desk.now)
+        revoked = await people.revoke_key(desk.engine, key, now=desk.now)
         desk.changed("key", revoked.id)
         return revoked
 

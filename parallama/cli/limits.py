@@ -12,7 +12,7 @@ from parallama.errors import UsageError
 from parallama.limits import ANY, Unit, Window
 
 if TYPE_CHECKING:
-    from parallama.db.policies import Policy
+    from parallama.db.manage.limits import Policy
 
 app = typer.Typer(name="limits", help="How much users may use.", no_args_is_help=True)
 
@@ -71,9 +71,9 @@ def set_(
     amounts = {cell: amount for cell, amount in given.items() if amount is not None}
 
     async def work(desk: Desk) -> "Policy":
-        from parallama.db import policies
+        from parallama.db.manage import limits
 
-        policy = await policies.set_limits(
+        policy = await limits.set_limits(
             desk.engine, user, gateway=gateway, model=model, amounts=amounts, now=desk.now
         )
         desk.changed("limits", policy.user_id or "")
@@ -93,9 +93,9 @@ def list_(
     """List the limits that are set. What is not listed is not limited."""
 
     async def work(desk: Desk) -> list["Policy"]:
-        from parallama.db import policies
+        from parallama.db.manage import limits
 
-        return await policies.list_limits(desk.engine, user)
+        return await limits.list_limits(desk.engine, user)
 
     show_rows(map(_row, run(config, work)), output, _COLUMNS)
 
@@ -117,11 +117,9 @@ def unset(
         raise UsageError("--model needs --gateway: limits belong to both")
 
     async def work(desk: Desk) -> int:
-        from parallama.db import policies
+        from parallama.db.manage import limits
 
-        scope, removed = await policies.unset_limits(
-            desk.engine, user, gateway=gateway, model=model
-        )
+        scope, removed = await limits.unset_limits(desk.engine, user, gateway=gateway, model=model)
         desk.changed("limits", scope.user_id or "")
         return removed
 

@@ -68,12 +68,13 @@ def _health(config: "Config") -> str:
 
 
 async def _database(config: "Config") -> tuple[str, dict[str, Any]]:
-    from parallama.db import accounts, database, ledger
+    from parallama.db.manage import people, usage
+    from parallama.db.manage.schema import managed
 
     try:
-        async with database(config.database) as engine:
-            users, active_keys = await accounts.count(engine)
-            rows = await ledger.count(engine)
+        async with managed(config.database) as engine:
+            users, active_keys = await people.count(engine)
+            rows = await usage.count(engine)
     except ParallamaError as error:
         return str(error), {}
     return "ok", {"users": users, "active_keys": active_keys, "usage_rows": rows}

@@ -13,7 +13,7 @@ from parallama.cli.show import Printer, note, show_rows
 from parallama.errors import UsageError
 
 if TYPE_CHECKING:
-    from parallama.db.ledger import Which
+    from parallama.db.manage.usage import Which
     from parallama.usage import UsageRecord
 
 app = typer.Typer(name="usage", help="What was used.", no_args_is_help=True)
@@ -70,14 +70,14 @@ def summary(
     groups = split(by) or []
 
     async def work(desk: Desk) -> tuple[list[str], list[dict[str, Any]]]:
-        from parallama.db import ledger
+        from parallama.db.manage import usage
 
-        unknown = [group for group in groups if group not in ledger.BY]
+        unknown = [group for group in groups if group not in usage.BY]
         if unknown:
-            known = ", ".join(ledger.BY)
+            known = ", ".join(usage.BY)
             raise UsageError(f"cannot add up by {', '.join(unknown)}: choose from {known}")
-        columns = [next(iter(ledger.BY[group])) for group in dict.fromkeys(groups)]
-        return columns, await ledger.summary(desk.engine, _which(user, since, until), groups)
+        columns = [next(iter(usage.BY[group])) for group in dict.fromkeys(groups)]
+        return columns, await usage.summary(desk.engine, _which(user, since, until), groups)
 
     columns, rows = run(config, work)
     show_rows(rows, output, (*columns, *_SUMS))
@@ -110,10 +110,10 @@ def _print(
     newest_first: bool = True,
 ) -> int:
     async def work(desk: Desk) -> int:
-        from parallama.db import ledger
+        from parallama.db.manage import usage
 
         count = 0
-        rows = ledger.rows(desk.engine, which, newest_first=newest_first, limit=limit)
+        rows = usage.rows(desk.engine, which, newest_first=newest_first, limit=limit)
         async for record in rows:
             printer.add(_row(record))
             count += 1
@@ -124,7 +124,7 @@ def _print(
 
 
 def _which(user: str | None, since: str | None, until: str | None) -> "Which":
-    from parallama.db.ledger import Which
+    from parallama.db.manage.usage import Which
 
     now = datetime.now(UTC)
     return Which(user, parse_past(since, now), parse_past(until, now))

@@ -11,7 +11,7 @@ from parallama.errors import UsageError
 from parallama.roles import Role
 
 if TYPE_CHECKING:
-    from parallama.db.accounts import User
+    from parallama.db.manage.people import User
 
 app = typer.Typer(name="users", help="Who may come in.", no_args_is_help=True)
 
@@ -30,9 +30,9 @@ def create(
     """Create the user NAME. Calls need a key as well: see `keys create`."""
 
     async def work(desk: Desk) -> "User":
-        from parallama.db import accounts
+        from parallama.db.manage import people
 
-        return await accounts.create_user(desk.engine, name, role, now=desk.now)
+        return await people.create_user(desk.engine, name, role, now=desk.now)
 
     show(_row(run(config, work)), output)
 
@@ -42,9 +42,9 @@ def list_(config: ConfigPath = None, output: OutputFormat = Output.TABLE) -> Non
     """List all users by name."""
 
     async def work(desk: Desk) -> list["User"]:
-        from parallama.db import accounts
+        from parallama.db.manage import people
 
-        return await accounts.list_users(desk.engine)
+        return await people.list_users(desk.engine)
 
     show_rows(map(_row, run(config, work)), output, _COLUMNS)
 
@@ -54,9 +54,9 @@ def get(user: UserArgument, config: ConfigPath = None, output: OutputFormat = Ou
     """Show one user."""
 
     async def work(desk: Desk) -> "User":
-        from parallama.db import accounts
+        from parallama.db.manage import people
 
-        return await accounts.get_user(desk.engine, user)
+        return await people.get_user(desk.engine, user)
 
     show(_row(run(config, work)), output)
 
@@ -76,9 +76,9 @@ def update(
         raise UsageError("nothing to change: name --role or --name")
 
     async def work(desk: Desk) -> "User":
-        from parallama.db import accounts
+        from parallama.db.manage import people
 
-        changed = await accounts.update_user(
+        changed = await people.update_user(
             desk.engine, user, now=desk.now, role=role, username=name
         )
         desk.changed("user", changed.id)
@@ -95,9 +95,9 @@ def disable(
     """Stop all of a user's keys within a second. `users enable` undoes it."""
 
     async def work(desk: Desk) -> "User":
-        from parallama.db import accounts
+        from parallama.db.manage import people
 
-        changed = await accounts.disable_user(desk.engine, user, now=desk.now)
+        changed = await people.disable_user(desk.engine, user, now=desk.now)
         desk.changed("user", changed.id)
         return changed
 
@@ -111,9 +111,9 @@ def enable(
     """Let a disabled user in again."""
 
     async def work(desk: Desk) -> "User":
-        from parallama.db import accounts
+        from parallama.db.manage import people
 
-        changed = await accounts.enable_user(desk.engine, user, now=desk.now)
+        changed = await people.enable_user(desk.engine, user, now=desk.now)
         desk.changed("user", changed.id)
         return changed
 
@@ -127,9 +127,9 @@ def delete(
     """Delete a user with all keys and limits, at once and for good. Usage stays on record."""
 
     async def work(desk: Desk) -> "User":
-        from parallama.db import accounts
+        from parallama.db.manage import people
 
-        deleted = await accounts.delete_user(desk.engine, user)
+        deleted = await people.delete_user(desk.engine, user)
         desk.changed("user", deleted.id)
         desk.changed("limits", deleted.id)
         return deleted

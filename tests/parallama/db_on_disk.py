@@ -2,15 +2,17 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from parallama import db, keys
+from parallama import keys
 from parallama.config import Database
+from parallama.db import Store, database
+from parallama.db.manage.schema import managed, upgrade
 from parallama.usage import UsageRecord
 
 T = TypeVar("T")
@@ -21,13 +23,22 @@ def settings(folder: Path, **fields: Any) -> Database:
     return Database.model_validate({"path": str(folder / "parallama.db"), **fields})
 
 
-def on(folder: Path, work: Callable[[AsyncEngine], Awaitable[T]]) -> T:
+@dataclass(frozen=True)
+class Opened:
+    """One database, as the services see it and as people's commands do."""
+
+    store: Store
+    engine: AsyncEngine
+
+
+def on(folder: Path, work: Callable[[Opened], Awaitable[T]]) -> T:
     """Run `work` on the database in `folder`, migrated first."""
 
     async def both() -> T:
-        await db.upgrade(settings(folder))
-        async with db.database(settings(folder)) as engine:
-            return await work(engine)
+        at = settings(folder)
+        await upgrade(at)
+        async with database(at) as store, managed(at) as engine:
+            return await work(Opened(store, engine))
 
     return asyncio.run(both())
 

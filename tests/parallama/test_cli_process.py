@@ -119,7 +119,7 @@ def test_one_of_two_who_create_the_same_user_is_told(config: str) -> None:
 
 
 def test_a_reader_that_goes_away_ends_it_quietly(config: str, tmp_path: Path) -> None:
-    on(tmp_path, lambda engine: ledger.add(engine, [a_record(f"r{n}") for n in range(2000)]))
+    on(tmp_path, lambda at: ledger.add(at.store, [a_record(f"r{n}") for n in range(2000)]))
     process = start("usage", "export", "--config", config)
     assert process.stdout is not None
     process.stdout.readline()
@@ -130,7 +130,7 @@ def test_a_reader_that_goes_away_ends_it_quietly(config: str, tmp_path: Path) ->
 
 
 def test_ctrl_c_ends_it_quietly(config: str, tmp_path: Path) -> None:
-    on(tmp_path, lambda engine: ledger.add(engine, [a_record(f"r{n}") for n in range(2000)]))
+    on(tmp_path, lambda at: ledger.add(at.store, [a_record(f"r{n}") for n in range(2000)]))
     process = start("usage", "export", "--config", config)
     assert process.stdout is not None
     process.stdout.readline()  # it writes, and then waits for us to read on
@@ -190,6 +190,17 @@ def test_up_becomes_the_supervisor(config: str, tmp_path: Path) -> None:
         code, _, stderr = run("up", "--config", config)
     assert code == 1
     assert f"(process {os.getpid()}) runs on {tmp_path / 'state'}" in stderr
+
+
+def test_services_do_not_load_what_only_people_need() -> None:
+    """Each of them would be 20 MB larger."""
+    code = (
+        "import sys, authz.keyring, parallama.db.accounts, parallama.db.policies; "
+        "import parallama.db.ledger; "
+        "print(sorted({'sqlalchemy', 'alembic', 'aiosqlite', 'typer'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout == "[]\n"
 
 
 def test_help_needs_no_heavy_imports() -> None:

@@ -9,42 +9,42 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from parallama import keys
-from parallama.db import accounts, policies
+from parallama.db.accounts import KeyRecord, find_key
+from parallama.db.manage import limits, people
 from parallama.errors import Conflict, NotFound, UsageError
 from parallama.limits import Unit, Window
 from parallama.roles import Role
-from tests.parallama.db_on_disk import NOW, a_minted, on
+from tests.parallama.db_on_disk import NOW, Opened, a_minted, on
 
 LATER = NOW + timedelta(hours=1)
 NOBODY = "7c1f2c1e-0000-4000-8000-000000000000"
 
 
-async def anna(engine: AsyncEngine, role: Role = Role.USER) -> accounts.User:
-    return await accounts.create_user(engine, "anna", role, now=NOW)
+async def anna(at: Opened, role: Role = Role.USER) -> people.User:
+    return await people.create_user(at.engine, "anna", role, now=NOW)
 
 
 def test_a_user_is_found_by_name_and_by_id(tmp_path: Path) -> None:
-    async def work(engine: AsyncEngine) -> None:
-        made = await anna(engine)
-        assert await accounts.get_user(engine, "anna") == made
-        assert await accounts.get_user(engine, made.id.upper()) == made
+    async def work(at: Opened) -> None:
+        made = await anna(at)
+        assert await people.get_user(at.engine, "anna") == made
+        assert await people.get_user(at.engine, made.id.upper()) == made
         assert made.created_at == NOW
         with pytest.raises(NotFound, match="'Anna'"):
-            await accounts.get_user(engine, "Anna")
+            await people.get_user(at.engine, "Anna")
         with pytest.raises(NotFound, match=NOBODY):
-            await accounts.get_user(engine, NOBODY)
+            await people.get_user(at.engine, NOBODY)
 
     on(tmp_path, work)
 
 
 def test_a_name_is_taken_once_also_by_two_at_the_same_time(tmp_path: Path) -> None:
-    async def work(engine: AsyncEngine) -> None:
-        made = await asyncio.gather(anna(engine), anna(engine), return_exceptions=True)
-        assert {type(each) for each in made} == {Conflict, accounts.User}
-        assert len(await accounts.list_users(engine)) == 1
+    async def work(at: Opened) -> None:
+        made = await asyncio.gather(anna(at), anna(at), return_exceptions=True)
+        assert {type(each) for each in made} == {Conflict, people.User}
+        assert len(await people.list_users(at.engine)) == 1
 
     on(tmp_path, work)
 
@@ -66,52 +66,52 @@ def test_a_name_is_taken_once_also_by_two_at_the_same_time(tmp_path: Path) -> No
     ],
 )
 def test_a_name_that_would_confuse_is_refused(tmp_path: Path, name: str) -> None:
-    async def work(engine: AsyncEngine) -> None:
+    async def work(at: Opened) -> None:
         with pytest.raises(UsageError, match="a user name"):
-            await accounts.create_user(engine, name, Role.USER, now=NOW)
+            await people.create_user(at.engine, name, Role.USER, now=NOW)
 
     on(tmp_path, work)
 
 
 @pytest.mark.parametrize("name", ["a", "Zoë@example.org", "团队", "o'hara", "a" * 255, "-", "%"])
 def test_other_names_are_kept_as_they_are(tmp_path: Path, name: str) -> None:
-    async def work(engine: AsyncEngine) -> None:
-        await accounts.create_user(engine, name, Role.USER, now=NOW)
-        assert (await accounts.get_user(engine, name)).username == name
+    async def work(at: Opened) -> None:
+        await people.create_user(at.engine, name, Role.USER, now=NOW)
+        assert (await people.get_user(at.engine, name)).username == name
 
     on(tmp_path, work)
 
 
 def test_two_spellings_of_one_accent_are_one_name(tmp_path: Path) -> None:
-    async def work(engine: AsyncEngine) -> None:
-        await accounts.create_user(engine, "Zoe\u0308", Role.USER, now=NOW)
+    async def work(at: Opened) -> None:
+        await people.create_user(at.engine, "Zoe\u0308", Role.USER, now=NOW)
         with pytest.raises(Conflict):
-            await accounts.create_user(engine, "Zo\u00eb", Role.USER, now=NOW)
-        await accounts.get_user(engine, "Zoe\u0308")
+            await people.create_user(at.engine, "Zo\u00eb", Role.USER, now=NOW)
+        await people.get_user(at.engine, "Zoe\u0308")
 
     on(tmp_path, work)
 
 
 def test_update_changes_what_is_given(tmp_path: Path) -> None:
-    async def work(engine: AsyncEngine) -> None:
-        made = await anna(engine)
-        changed = await accounts.update_user(engine, "anna", now=LATER, role=Role.ADMIN)
+    async def work(at: Opened) -> None:
+        made = await anna(at)
+        changed = await people.update_user(at.engine, "anna", now=LATER, role=Role.ADMIN)
         assert changed == replace(made, role=Role.ADMIN, updated_at=LATER)
-        renamed = await accounts.update_user(engine, made.id, now=LATER, username="anne")
+        renamed = await people.update_user(at.engine, made.id, now=LATER, username="anne")
         assert renamed == replace(changed, username="anne")
-        await accounts.create_user(engine, "bob", Role.USER, now=NOW)
+        await people.create_user(at.engine, "bob", Role.USER, now=NOW)
         with pytest.raises(Conflict, match="'bob'"):
-            await accounts.update_user(engine, "anne", now=LATER, username="bob")
+            await people.update_user(at.engine, "anne", now=LATER, username="bob")
 
     on(tmp_path, work)
     assert _column(tmp_path, "SELECT is_admin FROM users ORDER BY username") == [1, 0]
 
 
 def test_a_key_says_all_that_decides_about_a_request(tmp_path: Path) -> None:
-    async def work(engine: AsyncEngine) -> accounts.KeyRecord | None:
-        user = await anna(engine, Role.OPERATOR)
-        key = await accounts.create_key(
-            engine,
+    async def work(at: Opened) -> KeyRecord | None:
+        user = await anna(at, Role.OPERATOR)
+        key = await people.create_key(
+            at.engine,
             "anna",
             a_minted(),
             now=NOW,
@@ -120,8 +120,8 @@ def test_a_key_says_all_that_decides_about_a_request(tmp_path: Path) -> None:
             models=["llama*", "gemma", "gemma"],
             networks=["10.0.0.0/8", "::1"],
         )
-        found = await accounts.find_key(engine, key.public_id)
-        assert found == accounts.KeyRecord(
+        found = await find_key(at.store, key.public_id)
+        assert found == KeyRecord(
             id=key.id,
             public_id=a_minted().public_id,
             secret_hash=found.secret_hash if found else "",
@@ -146,22 +146,22 @@ def test_a_key_says_all_that_decides_about_a_request(tmp_path: Path) -> None:
 
 
 def test_a_plain_key_is_not_restricted(tmp_path: Path) -> None:
-    async def work(engine: AsyncEngine) -> None:
-        await anna(engine)
-        await accounts.create_key(engine, "anna", a_minted(), now=NOW)
-        found = await accounts.find_key(engine, a_minted().public_id)
+    async def work(at: Opened) -> None:
+        await anna(at)
+        await people.create_key(at.engine, "anna", a_minted(), now=NOW)
+        found = await find_key(at.store, a_minted().public_id)
         assert found is not None
         assert (found.expires_at, found.models, found.networks) == (None, None, None)
-        assert await accounts.find_key(engine, "000000000000") is None
-        assert await accounts.find_key(engine, "' OR ''='") is None
+        assert await find_key(at.store, "000000000000") is None
+        assert await find_key(at.store, "' OR ''='") is None
 
     on(tmp_path, work)
 
 
 def test_the_secret_is_nowhere_in_the_file(tmp_path: Path) -> None:
-    async def work(engine: AsyncEngine) -> None:
-        await anna(engine)
-        await accounts.create_key(engine, "anna", a_minted(), now=NOW)
+    async def work(at: Opened) -> None:
+        await anna(at)
+        await people.create_key(at.engine, "anna", a_minted(), now=NOW)
 
     on(tmp_path, work)
     secret = keys.parse(a_minted().token)
@@ -171,23 +171,23 @@ def test_the_secret_is_nowhere_in_the_file(tmp_path: Path) -> None:
 
 
 def test_revoking_and_disabling_show_in_the_record(tmp_path: Path) -> None:
-    async def work(engine: AsyncEngine) -> None:
-        await anna(engine)
-        key = await accounts.create_key(engine, "anna", a_minted(), now=NOW)
+    async def work(at: Opened) -> None:
+        await anna(at)
+        key = await people.create_key(at.engine, "anna", a_minted(), now=NOW)
 
         async def state() -> tuple[bool, bool]:
-            found = await accounts.find_key(engine, key.public_id)
+            found = await find_key(at.store, key.public_id)
             assert found is not None
             return found.revoked, found.user_disabled
 
         assert await state() == (False, False)
-        await accounts.disable_user(engine, "anna", now=NOW)
+        await people.disable_user(at.engine, "anna", now=NOW)
         assert await state() == (False, True)
-        await accounts.enable_user(engine, "anna", now=NOW)
+        await people.enable_user(at.engine, "anna", now=NOW)
         assert await state() == (False, False)
-        revoked = await accounts.revoke_key(engine, key.id, now=NOW)
+        revoked = await people.revoke_key(at.engine, key.id, now=NOW)
         assert revoked.revoked_at == NOW
-        again = await accounts.revoke_key(engine, key.id, now=LATER)
+        again = await people.revoke_key(at.engine, key.id, now=LATER)
         assert again.revoked_at == NOW
         assert await state() == (True, False)
 
@@ -195,21 +195,21 @@ def test_revoking_and_disabling_show_in_the_record(tmp_path: Path) -> None:
 
 
 def test_a_key_goes_by_id_public_part_and_name(tmp_path: Path) -> None:
-    async def work(engine: AsyncEngine) -> None:
-        await anna(engine)
-        key = await accounts.create_key(engine, "anna", a_minted(), now=NOW, name="my laptop")
+    async def work(at: Opened) -> None:
+        await anna(at)
+        key = await people.create_key(at.engine, "anna", a_minted(), now=NOW, name="my laptop")
         for which in (key.id, key.public_id, f"plm_{key.public_id}", "my laptop"):
-            assert await accounts.get_key(engine, which) == key
+            assert await people.get_key(at.engine, which) == key
         with pytest.raises(NotFound):
-            await accounts.get_key(engine, "laptop")
+            await people.get_key(at.engine, "laptop")
 
     on(tmp_path, work)
 
 
 def test_a_whole_key_on_a_command_line_is_refused_without_repeating_it(tmp_path: Path) -> None:
-    async def work(engine: AsyncEngine) -> None:
+    async def work(at: Opened) -> None:
         with pytest.raises(UsageError) as raised:
-            await accounts.revoke_key(engine, a_minted().token, now=NOW)
+            await people.revoke_key(at.engine, a_minted().token, now=NOW)
         assert a_minted().token not in str(raised.value)
         assert a_minted().public_id in str(raised.value)
 
@@ -217,14 +217,14 @@ def test_a_whole_key_on_a_command_line_is_refused_without_repeating_it(tmp_path:
 
 
 def test_a_name_of_two_keys_means_the_one_that_still_works(tmp_path: Path) -> None:
-    async def work(engine: AsyncEngine) -> None:
-        await anna(engine)
-        old = await accounts.create_key(engine, "anna", a_minted(1), now=NOW, name="laptop")
-        new = await accounts.create_key(engine, "anna", a_minted(2), now=NOW, name="laptop")
+    async def work(at: Opened) -> None:
+        await anna(at)
+        old = await people.create_key(at.engine, "anna", a_minted(1), now=NOW, name="laptop")
+        new = await people.create_key(at.engine, "anna", a_minted(2), now=NOW, name="laptop")
         with pytest.raises(Conflict, match="2 keys are named 'laptop'"):
-            await accounts.revoke_key(engine, "laptop", now=NOW)
-        await accounts.revoke_key(engine, old.id, now=NOW)
-        assert (await accounts.get_key(engine, "laptop")).id == new.id
+            await people.revoke_key(at.engine, "laptop", now=NOW)
+        await people.revoke_key(at.engine, old.id, now=NOW)
+        assert (await people.get_key(at.engine, "laptop")).id == new.id
 
     on(tmp_path, work)
 
@@ -247,40 +247,40 @@ def test_a_name_of_two_keys_means_the_one_that_still_works(tmp_path: Path) -> No
 def test_a_key_that_nobody_could_mean_is_refused(
     tmp_path: Path, fields: dict[str, Any], complaint: str
 ) -> None:
-    async def work(engine: AsyncEngine) -> None:
-        await anna(engine)
+    async def work(at: Opened) -> None:
+        await anna(at)
         with pytest.raises(UsageError, match=complaint):
-            await accounts.create_key(engine, "anna", a_minted(), now=NOW, **fields)
-        assert await accounts.list_keys(engine) == []
+            await people.create_key(at.engine, "anna", a_minted(), now=NOW, **fields)
+        assert await people.list_keys(at.engine) == []
 
     on(tmp_path, work)
 
 
 def test_keys_are_listed_for_all_or_for_one_user(tmp_path: Path) -> None:
-    async def work(engine: AsyncEngine) -> None:
-        await anna(engine)
-        bob = await accounts.create_user(engine, "bob", Role.USER, now=NOW)
-        await accounts.create_key(engine, "anna", a_minted(1), now=NOW)
-        await accounts.create_key(engine, bob.id, a_minted(2), now=LATER)
-        assert [key.username for key in await accounts.list_keys(engine)] == ["anna", "bob"]
-        assert [key.username for key in await accounts.list_keys(engine, "bob")] == ["bob"]
-        assert await accounts.count(engine) == (2, 2)
+    async def work(at: Opened) -> None:
+        await anna(at)
+        bob = await people.create_user(at.engine, "bob", Role.USER, now=NOW)
+        await people.create_key(at.engine, "anna", a_minted(1), now=NOW)
+        await people.create_key(at.engine, bob.id, a_minted(2), now=LATER)
+        assert [key.username for key in await people.list_keys(at.engine)] == ["anna", "bob"]
+        assert [key.username for key in await people.list_keys(at.engine, "bob")] == ["bob"]
+        assert await people.count(at.engine) == (2, 2)
         with pytest.raises(NotFound):
-            await accounts.list_keys(engine, "ghost")
+            await people.list_keys(at.engine, "ghost")
 
     on(tmp_path, work)
 
 
 def test_deleting_a_user_takes_keys_and_limits_along(tmp_path: Path) -> None:
-    async def work(engine: AsyncEngine) -> None:
-        user = await anna(engine)
-        await accounts.create_key(engine, "anna", a_minted(), now=NOW)
+    async def work(at: Opened) -> None:
+        user = await anna(at)
+        await people.create_key(at.engine, "anna", a_minted(), now=NOW)
         day = {(Unit.TOKENS, Window.DAY): 1}
-        await policies.set_limits(engine, "anna", gateway="*", model="*", amounts=day, now=NOW)
-        assert await accounts.delete_user(engine, "anna") == user
-        assert await accounts.find_key(engine, a_minted().public_id) is None
-        assert await policies.list_limits(engine) == []
-        await anna(engine)
+        await limits.set_limits(at.engine, "anna", gateway="*", model="*", amounts=day, now=NOW)
+        assert await people.delete_user(at.engine, "anna") == user
+        assert await find_key(at.store, a_minted().public_id) is None
+        assert await limits.list_limits(at.engine) == []
+        await anna(at)
 
     on(tmp_path, work)
 
@@ -288,9 +288,9 @@ def test_deleting_a_user_takes_keys_and_limits_along(tmp_path: Path) -> None:
 def test_times_come_back_in_utc_whatever_zone_they_had(tmp_path: Path) -> None:
     moment = datetime(2026, 7, 1, 1, 30, 0, 1, tzinfo=timezone(timedelta(hours=2)))
 
-    async def work(engine: AsyncEngine) -> None:
-        await accounts.create_user(engine, "anna", Role.USER, now=moment)
-        user = await accounts.get_user(engine, "anna")
+    async def work(at: Opened) -> None:
+        await people.create_user(at.engine, "anna", Role.USER, now=moment)
+        user = await people.get_user(at.engine, "anna")
         assert user.created_at == moment
         assert user.created_at.utcoffset() == timedelta(0)
 
@@ -300,9 +300,9 @@ def test_times_come_back_in_utc_whatever_zone_they_had(tmp_path: Path) -> None:
 
 
 def test_a_time_without_a_zone_is_a_mistake(tmp_path: Path) -> None:
-    async def work(engine: AsyncEngine) -> None:
+    async def work(at: Opened) -> None:
         with pytest.raises(Exception, match="a time without its zone"):
-            await accounts.create_user(engine, "anna", Role.USER, now=NOW.replace(tzinfo=None))
+            await people.create_user(at.engine, "anna", Role.USER, now=NOW.replace(tzinfo=None))
 
     on(tmp_path, work)
 

@@ -4,34 +4,34 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from sqlalchemy.ext.asyncio import AsyncEngine
 
-from parallama.db import accounts, policies
-from parallama.db.policies import Cell, Policy
+from parallama.db.manage import limits, people
+from parallama.db.manage.limits import Policy
+from parallama.db.policies import COLUMNS, Cell, limits_of
 from parallama.errors import NotFound, UsageError
 from parallama.limits import Limit, Unit, Window
 from parallama.roles import Role
-from tests.parallama.db_on_disk import NOW, on
+from tests.parallama.db_on_disk import NOW, Opened, on
 
 DAY: Cell = (Unit.TOKENS, Window.DAY)
 HOUR: Cell = (Unit.TOKENS, Window.HOUR)
 CALLS: Cell = (Unit.REQUESTS, Window.MINUTE)
 
 
-async def anna(engine: AsyncEngine) -> str:
-    return (await accounts.create_user(engine, "anna", Role.USER, now=NOW)).id
+async def anna(at: Opened) -> str:
+    return (await people.create_user(at.engine, "anna", Role.USER, now=NOW)).id
 
 
 async def put(
-    engine: AsyncEngine,
+    at: Opened,
     whose: str,
     amounts: Mapping[Cell, int],
     *,
     gateway: str = "*",
     model: str = "*",
 ) -> Policy:
-    return await policies.set_limits(
-        engine, whose, gateway=gateway, model=model, amounts=amounts, now=NOW
+    return await limits.set_limits(
+        at.engine, whose, gateway=gateway, model=model, amounts=amounts, now=NOW
     )
 
 
@@ -40,12 +40,12 @@ def a_limit(cell: Cell, amount: int, *, gateway: str = "*", model: str = "*") ->
 
 
 def test_every_cell_is_kept_and_comes_back(tmp_path: Path) -> None:
-    cells = {cell: number for number, cell in enumerate(policies.COLUMNS)}
+    cells = {cell: number for number, cell in enumerate(COLUMNS)}
 
-    async def work(engine: AsyncEngine) -> None:
-        user = await anna(engine)
-        assert (await put(engine, "anna", cells)).amounts == cells
-        assert set(await policies.limits_of(engine, user)) == {
+    async def work(at: Opened) -> None:
+        user = await anna(at)
+        assert (await put(at, "anna", cells)).amounts == cells
+        assert set(await limits_of(at.store, user)) == {
             a_limit(cell, amount) for cell, amount in cells.items()
         }
 
@@ -54,25 +54,25 @@ def test_every_cell_is_kept_and_comes_back(tmp_path: Path) -> None:
 
 
 def test_only_the_named_cells_change(tmp_path: Path) -> None:
-    async def work(engine: AsyncEngine) -> None:
-        user = await anna(engine)
-        first = await put(engine, "anna", {DAY: 1, HOUR: 2})
-        second = await put(engine, "anna", {HOUR: 3})
+    async def work(at: Opened) -> None:
+        user = await anna(at)
+        first = await put(at, "anna", {DAY: 1, HOUR: 2})
+        second = await put(at, "anna", {HOUR: 3})
         assert second.amounts == {DAY: 1, HOUR: 3}
         assert second.id == first.id
-        assert set(await policies.limits_of(engine, user)) == {a_limit(DAY, 1), a_limit(HOUR, 3)}
+        assert set(await limits_of(at.store, user)) == {a_limit(DAY, 1), a_limit(HOUR, 3)}
 
     on(tmp_path, work)
 
 
 def test_own_limits_replace_the_roles_cell_by_cell(tmp_path: Path) -> None:
-    async def work(engine: AsyncEngine) -> None:
-        user = await anna(engine)
-        await put(engine, "role:user", {DAY: 100, HOUR: 10})
-        await put(engine, "role:admin", {DAY: 7})
-        await put(engine, "anna", {DAY: 500})
-        await put(engine, "anna", {DAY: 5}, gateway="ollama", model="llama*")
-        assert set(await policies.limits_of(engine, user)) == {
+    async def work(at: Opened) -> None:
+        user = await anna(at)
+        await put(at, "role:user", {DAY: 100, HOUR: 10})
+        await put(at, "role:admin", {DAY: 7})
+        await put(at, "anna", {DAY: 500})
+        await put(at, "anna", {DAY: 5}, gateway="ollama", model="llama*")
+        assert set(await limits_of(at.store, user)) == {
             a_limit(DAY, 500),
             a_limit(HOUR, 10),
             a_limit(DAY, 5, gateway="ollama", model="llama*"),
@@ -82,69 +82,69 @@ def test_own_limits_replace_the_roles_cell_by_cell(tmp_path: Path) -> None:
 
 
 def test_another_role_brings_other_defaults(tmp_path: Path) -> None:
-    async def work(engine: AsyncEngine) -> None:
-        user = await anna(engine)
-        await put(engine, "role:user", {DAY: 100})
-        await put(engine, "role:operator", {DAY: 200})
-        await accounts.update_user(engine, "anna", now=NOW, role=Role.OPERATOR)
-        assert await policies.limits_of(engine, user) == (a_limit(DAY, 200),)
+    async def work(at: Opened) -> None:
+        user = await anna(at)
+        await put(at, "role:user", {DAY: 100})
+        await put(at, "role:operator", {DAY: 200})
+        await people.update_user(at.engine, "anna", now=NOW, role=Role.OPERATOR)
+        assert await limits_of(at.store, user) == (a_limit(DAY, 200),)
 
     on(tmp_path, work)
 
 
 def test_nobody_is_limited_until_somebody_says_so(tmp_path: Path) -> None:
-    async def work(engine: AsyncEngine) -> None:
-        assert await policies.limits_of(engine, await anna(engine)) == ()
-        assert await policies.limits_of(engine, "nobody") == ()
+    async def work(at: Opened) -> None:
+        assert await limits_of(at.store, await anna(at)) == ()
+        assert await limits_of(at.store, "nobody") == ()
 
     on(tmp_path, work)
 
 
 def test_an_unknown_user_gets_no_role_defaults(tmp_path: Path) -> None:
-    async def work(engine: AsyncEngine) -> None:
-        await put(engine, "role:user", {DAY: 100})
-        assert await policies.limits_of(engine, "nobody") == ()
+    async def work(at: Opened) -> None:
+        await put(at, "role:user", {DAY: 100})
+        assert await limits_of(at.store, "nobody") == ()
 
     on(tmp_path, work)
 
 
 def test_unset_returns_to_the_defaults(tmp_path: Path) -> None:
-    async def work(engine: AsyncEngine) -> None:
-        user = await anna(engine)
-        await put(engine, "role:user", {DAY: 100})
-        await put(engine, "anna", {DAY: 1})
-        await put(engine, "anna", {DAY: 2}, gateway="openai")
-        assert (await policies.unset_limits(engine, "anna"))[1] == 2
-        assert await policies.limits_of(engine, user) == (a_limit(DAY, 100),)
-        assert (await policies.unset_limits(engine, "anna"))[1] == 0
+    async def work(at: Opened) -> None:
+        user = await anna(at)
+        await put(at, "role:user", {DAY: 100})
+        await put(at, "anna", {DAY: 1})
+        await put(at, "anna", {DAY: 2}, gateway="openai")
+        assert (await limits.unset_limits(at.engine, "anna"))[1] == 2
+        assert await limits_of(at.store, user) == (a_limit(DAY, 100),)
+        assert (await limits.unset_limits(at.engine, "anna"))[1] == 0
 
     on(tmp_path, work)
 
 
 def test_unset_takes_the_named_gateway_and_model_only(tmp_path: Path) -> None:
-    async def work(engine: AsyncEngine) -> None:
-        user = await anna(engine)
-        await put(engine, "anna", {DAY: 1}, gateway="ollama")
-        await put(engine, "anna", {DAY: 2}, gateway="ollama", model="llama*")
-        await put(engine, "anna", {DAY: 3}, gateway="openai")
-        await policies.unset_limits(engine, "anna", gateway="ollama", model="llama*")
-        await policies.unset_limits(engine, "anna", gateway="openai")
-        assert await policies.limits_of(engine, user) == (a_limit(DAY, 1, gateway="ollama"),)
+    async def work(at: Opened) -> None:
+        user = await anna(at)
+        await put(at, "anna", {DAY: 1}, gateway="ollama")
+        await put(at, "anna", {DAY: 2}, gateway="ollama", model="llama*")
+        await put(at, "anna", {DAY: 3}, gateway="openai")
+        await limits.unset_limits(at.engine, "anna", gateway="ollama", model="llama*")
+        await limits.unset_limits(at.engine, "anna", gateway="openai")
+        assert await limits_of(at.store, user) == (a_limit(DAY, 1, gateway="ollama"),)
         with pytest.raises(NotFound, match="anna has no limits"):
-            await policies.unset_limits(engine, "anna", gateway="openai")
+            await limits.unset_limits(at.engine, "anna", gateway="openai")
 
     on(tmp_path, work)
 
 
 def test_a_users_list_shows_the_roles_defaults_too(tmp_path: Path) -> None:
-    async def work(engine: AsyncEngine) -> None:
-        await anna(engine)
-        await accounts.create_user(engine, "bob", Role.ADMIN, now=NOW)
+    async def work(at: Opened) -> None:
+        await anna(at)
+        await people.create_user(at.engine, "bob", Role.ADMIN, now=NOW)
         for whose in ("anna", "bob", "role:user", "role:admin"):
-            await put(engine, whose, {CALLS: 1})
+            await put(at, whose, {CALLS: 1})
 
         async def scopes(whose: str | None) -> set[str]:
-            return {policy.scope for policy in await policies.list_limits(engine, whose)}
+            return {policy.scope for policy in await limits.list_limits(at.engine, whose)}
 
         assert await scopes("anna") == {"anna", "role:user"}
         assert await scopes("role:admin") == {"role:admin"}
@@ -174,10 +174,10 @@ def test_a_limit_that_nobody_could_mean_is_refused(
     error: type[Exception],
     complaint: str,
 ) -> None:
-    async def work(engine: AsyncEngine) -> None:
-        await anna(engine)
+    async def work(at: Opened) -> None:
+        await anna(at)
         with pytest.raises(error, match=complaint):
-            await put(engine, whose, amounts, **where)
-        assert await policies.list_limits(engine) == []
+            await put(at, whose, amounts, **where)
+        assert await limits.list_limits(at.engine) == []
 
     on(tmp_path, work)

@@ -9,19 +9,15 @@ from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from parallama.config import Database
-from parallama.db.engine import open_database, place, reading, writing
-from parallama.errors import SchemaError
+from parallama.db import revisions
+from parallama.db.manage.engine import open_database, place, reading, writing
 
 if TYPE_CHECKING:
     from alembic.config import Config as AlembicConfig
 
-# Known here so that a service can check its database without loading Alembic.
-REVISIONS = ("0001",)
-HEAD = REVISIONS[-1]
-
 
 @asynccontextmanager
-async def database(settings: Database) -> AsyncIterator[AsyncEngine]:
+async def managed(settings: Database) -> AsyncIterator[AsyncEngine]:
     """The configured database, with the schema that this version works with; else SchemaError."""
     engine = open_database(settings)
     try:
@@ -39,12 +35,7 @@ async def current_revision(engine: AsyncEngine) -> str | None:
 
 async def check_schema(engine: AsyncEngine) -> None:
     """Raises SchemaError unless the tables are those of this version."""
-    revision = await current_revision(engine)
-    if revision == HEAD:
-        return
-    _refuse_unknown(revision, place(engine))
-    state = "has no tables yet" if revision is None else f"is at revision {revision}, not {HEAD}"
-    raise SchemaError(f"the database {place(engine)} {state}: run `parallama db upgrade`")
+    revisions.check(await current_revision(engine), place(engine))
 
 
 async def upgrade(settings: Database) -> tuple[str | None, str]:
@@ -57,10 +48,10 @@ async def upgrade(settings: Database) -> tuple[str | None, str]:
     try:
         async with writing(engine) as connection:
             before = await connection.run_sync(_revision)
-            _refuse_unknown(before, place(engine))
-            if before != HEAD:
+            revisions.refuse_unknown(before, place(engine))
+            if before != revisions.HEAD:
                 await connection.run_sync(_migrate)
-        return before, HEAD
+        return before, revisions.HEAD
     finally:
         await engine.dispose()
 
@@ -70,14 +61,6 @@ def _revision(connection: Connection) -> str | None:
         return None
     found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
     return None if found is None else str(found)
-
-
-def _refuse_unknown(revision: str | None, where: str) -> None:
-    if revision is not None and revision not in REVISIONS:
-        raise SchemaError(
-            f"the database {where} is at revision {revision}, which this version does not know: "
-            "it was made by a newer one; install that, or restore a backup"
-        )
 
 
 def _migrate(connection: Connection) -> None:

@@ -1,7 +1,7 @@
 """The tables. Migrations build them; a test holds the two together."""
 
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import (
@@ -24,6 +24,8 @@ from sqlalchemy import (
     UniqueConstraint,
     Uuid,
 )
+
+from parallama.db.store import from_sqlite, to_sqlite
 
 metadata = MetaData(
     naming_convention={
@@ -58,18 +60,11 @@ class UtcTime(TypeDecorator[datetime]):
 
 
 def _to_sqlite(at: datetime | None) -> str | None:
-    """Text that sorts by time and that SQLite's own date functions understand."""
-    if at is None:
-        return None
-    if at.tzinfo is not UTC:
-        if at.tzinfo is None:
-            raise ValueError("a time without its zone")
-        at = at.astimezone(UTC)
-    return at.isoformat(" ", "microseconds")[:26]
+    return None if at is None else to_sqlite(at)
 
 
 def _from_sqlite(text: str | None) -> datetime | None:
-    return None if text is None else datetime.fromisoformat(text).replace(tzinfo=UTC)
+    return None if text is None else from_sqlite(text)
 
 
 users = Table(

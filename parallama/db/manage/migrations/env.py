@@ -1,8 +1,8 @@
-"""Run by Alembic, inside the transaction that parallama.db.schema.upgrade began."""
+"""Run by Alembic, inside the transaction that parallama.db.manage.schema.upgrade began."""
 
 from alembic import context
 
-from parallama.db.tables import metadata
+from parallama.db.manage.tables import metadata
 
 context.configure(
     connection=context.config.attributes["connection"],
