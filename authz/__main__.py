@@ -4,8 +4,8 @@ import asyncio
 from functools import partial
 
 from authz.keyring import Keyring
-from authz.service import Authz, register
-from parallama import changes, daemon
+from authz.service import CHECK, Authz
+from parallama import changes, daemon, rpc
 from parallama.clock import system_clock
 from parallama.config import Config
 from parallama.db import database
@@ -28,7 +28,7 @@ async def main(config: Config) -> None:
                 name="change signal",
             )
             await daemon.run_until_stopped(
-                partial(register, service),
+                rpc.Server({CHECK: service.check}),
                 listen=socket_path(config.run_dir / "authz.sock"),
                 grace=config.shutdown.drain_seconds,
             )

@@ -11,6 +11,8 @@ from parallama import contract as c
 from parallama.dialects import refusal
 from parallama.roles import Action
 
+CheckRequest = pb.CheckRequest
+
 _GRPC_CODES = {401: code_pb2.UNAUTHENTICATED, 404: code_pb2.NOT_FOUND}
 
 
@@ -47,8 +49,8 @@ def _parse_model(metadata: Any) -> ModelAsked:
     facts = metadata[c.LUA].fields if c.LUA in metadata else {}
     return ModelAsked(
         dialect=known[c.DIALECT].string_value,
-        models=tuple(known[c.MODELS].string_value.split(",")),
-        model=facts[c.MODEL].string_value if c.MODEL in facts else None,
+        models=tuple(filter(None, known[c.MODELS].string_value.split(","))),
+        model=(facts[c.MODEL].string_value or None) if c.MODEL in facts else None,
     )
 
 

@@ -7,17 +7,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import grpc
 import uvloop
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from parallama import logs
+from parallama import logs, rpc
 from parallama.config import Config, load
-from parallama.errors import ParallamaError
+from parallama.errors import ParallamaError, leaves
 
 log = logging.getLogger(__name__)
 
@@ -29,39 +26,32 @@ def run(service: str, main: Callable[[Config], Coroutine[Any, Any, None]]) -> No
     path = parser.parse_args().config
     if path is None:
         parser.error("name the configuration by --config or PARALLAMA_CONFIG")
+    problems: list[BaseException] = []
     try:
         config = load(path, os.environ)
         logs.configure(config.logging, service=service)
         uvloop.run(main(config))
-    except ParallamaError as error:
-        print(f"{service}: {error}", file=sys.stderr)
-        sys.exit(1)
+    except* ParallamaError as group:
+        problems = list(leaves(group))
+    for problem in problems:
+        print(f"{service}: {problem}", file=sys.stderr)
+    sys.exit(1 if problems else 0)
 
 
-async def run_until_stopped(
-    register: Callable[[grpc.aio.Server], None], *, listen: str, grace: float
-) -> None:
+async def run_until_stopped(server: rpc.Server, *, listen: str, grace: float) -> None:
     """
     Serve gRPC on the unix socket `listen` until SIGTERM or SIGINT.
 
-    On the way out health says NOT_SERVING first; calls that run have `grace` seconds to end.
+    On the way out health says NOT_SERVING; calls that run have `grace` seconds to end.
     """
     stop = asyncio.Event()
     for signum in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    checks = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    register(server)
-    with suppress(FileNotFoundError):
-        os.unlink(listen)
-    if not server.add_insecure_port(f"unix:{listen}"):
-        raise ParallamaError(f"cannot listen on {listen}")
-    await server.start()
-    os.chmod(listen, 0o600)
-    await checks.set("", health_pb2.HealthCheckResponse.SERVING)
+    try:
+        await server.start(listen)
+    except OSError as error:
+        raise ParallamaError(f"cannot listen on {listen} ({error.strerror})") from error
     log.info("serving", extra={"listen": listen})
     await stop.wait()
-    await checks.enter_graceful_shutdown()
     await server.stop(grace)
     log.info("stopped")

@@ -1,5 +1,7 @@
 """Errors, sorted by who must act."""
 
+from collections.abc import Iterator
+
 
 class ParallamaError(Exception):
     """Something an operator can fix. The message says what to do."""
@@ -27,3 +29,12 @@ class SchemaError(ParallamaError):
 
 class Unavailable(ParallamaError):
     """A store did not answer in time. Policy decides what the caller sees."""
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """The errors inside an exception group, or the error itself."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from leaves(inner)
+    else:
+        yield error

@@ -4,9 +4,7 @@ import asyncio
 from contextlib import aclosing
 from functools import partial
 
-from envoy.service.ratelimit.v3.rls_pb2_grpc import add_RateLimitServiceServicer_to_server
-
-from parallama import changes, daemon
+from parallama import changes, daemon, rpc
 from parallama.clock import system_clock
 from parallama.config import Config
 from parallama.db import database
@@ -15,7 +13,7 @@ from parallama.stores import connect_redis, socket_path
 from ratelimit.buckets import Buckets
 from ratelimit.policies import Policies
 from ratelimit.rules import Estimate
-from ratelimit.service import RateLimit
+from ratelimit.service import SHOULD_RATE_LIMIT, RateLimit
 
 
 async def main(config: Config) -> None:
@@ -23,8 +21,7 @@ async def main(config: Config) -> None:
     async with (
         database(config.database) as db,
         connect_redis(config) as signals,
-        # `Pipeline` keeps its own time; a time-out of the connection would cost a task a write.
-        connect_redis(config, socket_timeout=None) as counters,
+        connect_redis(config) as counters,
         aclosing(
             Buckets(counters, lease=told.reservation_seconds, timeout=config.redis.timeout_seconds)
         ) as buckets,
@@ -32,7 +29,7 @@ async def main(config: Config) -> None:
         policies = Policies(partial(limits_of, db), size=told.cache_size)
         service = RateLimit(
             buckets,
-            policies.limits_of,
+            policies,
             clock=system_clock,
             estimate=Estimate(
                 bytes_per_token=told.bytes_per_token, default_max_tokens=told.default_max_tokens
@@ -50,7 +47,7 @@ async def main(config: Config) -> None:
                 name="change signal",
             )
             await daemon.run_until_stopped(
-                partial(add_RateLimitServiceServicer_to_server, service),
+                rpc.Server({SHOULD_RATE_LIMIT: service.should_rate_limit}),
                 listen=socket_path(config.run_dir / "ratelimit.sock"),
                 grace=config.shutdown.drain_seconds,
             )

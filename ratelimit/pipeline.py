@@ -160,8 +160,6 @@ class Pipeline:
 
     async def aclose(self) -> None:
         """Wait for everything under way, then hang up."""
-        if self._link is not None:
-            self._link.flush()
         if under_way := [call.answer for call in self._under_way()]:
             await asyncio.wait(under_way)
         if self._opening is not None:
@@ -208,7 +206,7 @@ class Pipeline:
         for call in link.unanswered:
             if call.retried:
                 call.fail("the connection was lost")
-            elif not call.answer.done():
+            else:
                 call.retried = True
                 again.append(call)
         if again:

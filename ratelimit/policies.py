@@ -14,6 +14,10 @@ class Policies:
         self._load = load
         self._cache: Cache[str, tuple[Limit, ...]] = Cache(size=size)
 
+    def peek(self, user: str) -> tuple[Limit, ...] | None:
+        """What is remembered of the user; None where the database has to be asked."""
+        return self._cache.peek(user)
+
     async def limits_of(self, user: str) -> tuple[Limit, ...]:
         """Raises Unavailable."""
         return await self._cache.get(user, lambda: self._load(user)) or ()

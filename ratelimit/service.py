@@ -2,13 +2,11 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from functools import partial
-from typing import Any, Literal
+from typing import Literal, Protocol
 
-import grpc
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
-
+from parallama import rpc
 from parallama.clock import Clock
 from parallama.errors import Unavailable
 from parallama.limits import Limit
@@ -17,8 +15,19 @@ from ratelimit.buckets import Buckets
 
 log = logging.getLogger(__name__)
 
-LimitsOf = Callable[[str], Awaitable[tuple[Limit, ...]]]
-"""The limits of a user by id, defaults included. Raises Unavailable."""
+SHOULD_RATE_LIMIT = "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit"
+
+
+class Limits(Protocol):
+    """The limits of a user by id, defaults included."""
+
+    def peek(self, user: str) -> tuple[Limit, ...] | None:
+        """None where the store has to be asked."""
+        ...
+
+    async def limits_of(self, user: str) -> tuple[Limit, ...]:
+        """Raises Unavailable."""
+        ...
 
 
 class RateLimit:
@@ -31,41 +40,47 @@ class RateLimit:
     def __init__(
         self,
         buckets: Buckets,
-        limits_of: LimitsOf,
+        limits: Limits,
         *,
         clock: Clock,
         estimate: rules.Estimate,
         when_down: Literal["deny", "allow"],
     ) -> None:
         self._buckets = buckets
-        self._limits_of = limits_of
+        self._limits = limits
         self._clock = clock
         self._estimate = estimate
         self._when_down = when_down
         self._down = False
 
-    async def ShouldRateLimit(self, request: RateLimitRequest, context: Any) -> RateLimitResponse:
+    def should_rate_limit(self, request: bytes) -> bytes | Awaitable[bytes]:
+        """RateLimitRequest in, RateLimitResponse out; at once where no counter has to be asked."""
         try:
             asked = wire.parse(request)
         except wire.BadCall as error:
             log.warning("rate limit call not understood", extra={"cause": str(error)})
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            raise rpc.RpcError(rpc.Status.INVALID_ARGUMENT, str(error)) from error
         if isinstance(asked, rules.Settle):
             self._settle(asked)
             return wire.SETTLED
+        if self._limits.peek(asked.user) == ():
+            return wire.UNLIMITED
+        return self._answer(asked)
+
+    async def _answer(self, ask: rules.Reserve) -> bytes:
         try:
-            answer = await self._reserve(asked)
+            answer = await self._reserve(ask)
         except Unavailable as error:
             self._note_outage(error)
             if self._when_down == "deny":
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "limits cannot be checked")
-            answer = rules.UNLIMITED
+                raise rpc.RpcError(rpc.Status.UNAVAILABLE, "limits cannot be checked") from error
+            return wire.UNLIMITED
         if isinstance(answer, rules.Refused):
-            return wire.refused(answer, asked.dialect)
+            return wire.refused(answer, ask.dialect)
         return wire.admitted(answer)
 
     async def _reserve(self, ask: rules.Reserve) -> rules.Admitted | rules.Refused:
-        limits = await self._limits_of(ask.user)
+        limits = await self._limits.limits_of(ask.user)
         now = self._clock()
         met = rules.buckets(limits, ask.gateway, ask.model, now)
         if not met:

@@ -1,6 +1,7 @@
 """Envoy's rate-limit messages to our values, and back."""
 
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
+from google.protobuf.message import DecodeError
 
 from parallama import contract
 from parallama.dialects import OLLAMA, OPENAI, refusal
@@ -10,15 +11,20 @@ from ratelimit.rules import MOST_TOKENS, Admitted, Refused, Reserve, Room, Settl
 # More digits than any number that matters has.
 _MOST_DIGITS = 18
 
-SETTLED = RateLimitResponse(overall_code=RateLimitResponse.OK)
+SETTLED = bytes(RateLimitResponse(overall_code=RateLimitResponse.OK).SerializeToString())
+UNLIMITED = SETTLED
 
 
 class BadCall(ParallamaError):
     """Envoy asked something that makes no sense. Compare envoy/ with parallama/contract.py."""
 
 
-def parse(request: RateLimitRequest) -> Reserve | Settle:
+def parse(message: bytes) -> Reserve | Settle:
     """Raises BadCall on everything else: what is not understood must not pass as unlimited."""
+    try:
+        request = RateLimitRequest.FromString(message)
+    except DecodeError as error:
+        raise BadCall("this is no RateLimitRequest") from error
     if len(request.descriptors) != 1:
         raise BadCall(f"expected 1 descriptor, got {len(request.descriptors)}")
     descriptor = request.descriptors[0]
@@ -48,17 +54,17 @@ def parse(request: RateLimitRequest) -> Reserve | Settle:
     )
 
 
-def admitted(answer: Admitted) -> RateLimitResponse:
+def admitted(answer: Admitted) -> bytes:
     response = RateLimitResponse(overall_code=RateLimitResponse.OK)
     if answer.reservation is not None:
         facts = response.dynamic_metadata.fields
         facts[contract.RESERVATION].string_value = answer.reservation
         facts[contract.GRANTED].number_value = answer.granted
     _describe(response, answer.requests, answer.tokens)
-    return response
+    return bytes(response.SerializeToString())
 
 
-def refused(answer: Refused, dialect: str) -> RateLimitResponse:
+def refused(answer: Refused, dialect: str) -> bytes:
     response = RateLimitResponse(
         overall_code=RateLimitResponse.OVER_LIMIT,
         raw_body=refusal(dialect, 429, answer.code, answer.message),
@@ -69,7 +75,7 @@ def refused(answer: Refused, dialect: str) -> RateLimitResponse:
     add(key="retry-after", value=str(answer.retry_after))
     if not answer.may_retry:
         add(key="x-should-retry", value="false")
-    return response
+    return bytes(response.SerializeToString())
 
 
 def _needed(entries: dict[str, str], name: str) -> str:

@@ -2,14 +2,12 @@
 
 from functools import partial
 
-from envoy.service.accesslog.v3.als_pb2_grpc import add_AccessLogServiceServicer_to_server
-
-from parallama import daemon
+from parallama import daemon, rpc
 from parallama.config import Config
 from parallama.db import database
 from parallama.db.ledger import add
 from parallama.stores import socket_path
-from usage_sink.service import UsageSink
+from usage_sink.service import STREAM, UsageSink
 from usage_sink.writer import Writer, writing
 
 # About 100 MB of rows: more than the memory bound allows for, and minutes of a busy machine.
@@ -30,7 +28,7 @@ async def main(config: Config) -> None:
         async with writing(writer, deadline=config.shutdown.drain_seconds):
             service = UsageSink(writer, log_requests=config.logging.requests)
             await daemon.run_until_stopped(
-                partial(add_AccessLogServiceServicer_to_server, service),
+                rpc.Server({}, {STREAM: service.stream_access_logs}),
                 listen=socket_path(config.run_dir / "usage_sink.sock"),
                 grace=_GRACE_SECONDS,
             )

@@ -5,11 +5,15 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from envoy.service.accesslog.v3 import als_pb2 as pb
+from google.protobuf.message import DecodeError
 
+from parallama import rpc
 from usage_sink import wire
 from usage_sink.writer import Writer
 
 log = logging.getLogger(__name__)
+STREAM = "/envoy.service.accesslog.v3.AccessLogService/StreamAccessLogs"
+
 requests = logging.getLogger("parallama.requests")
 
 
@@ -20,13 +24,16 @@ class UsageSink:
         self._writer = writer
         self._log_requests = log_requests
 
-    async def StreamAccessLogs(
-        self, messages: AsyncIterator[pb.StreamAccessLogsMessage], context: Any
-    ) -> pb.StreamAccessLogsResponse:
+    async def stream_access_logs(self, messages: AsyncIterator[bytes]) -> bytes:
+        """StreamAccessLogsMessages in, until Envoy hangs up."""
         async for message in messages:
-            for entry in message.http_logs.log_entry:
+            try:
+                logs = pb.StreamAccessLogsMessage.FromString(message).http_logs
+            except DecodeError as error:
+                raise rpc.RpcError(rpc.Status.INVALID_ARGUMENT, "not an access log") from error
+            for entry in logs.log_entry:
                 await self._take(entry)
-        return pb.StreamAccessLogsResponse()
+        return bytes(pb.StreamAccessLogsResponse().SerializeToString())
 
     async def _take(self, entry: Any) -> None:
         try:

@@ -64,7 +64,7 @@ class Valkey:
             redis.flushall()
 
     def run(self, story: Callable[[Redis], Coroutine[Any, Any, T]]) -> T:
-        """Run `story` on the event loop of the services, with a client that is closed afterwards."""
+        """Run `story` on the services' kind of event loop, with a client that is closed."""
 
         async def told() -> T:
             async with self.client() as redis:

@@ -6,7 +6,7 @@ import logging
 import signal
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 import grpc
@@ -14,16 +14,14 @@ import httpx
 import openai
 import pytest
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
-from envoy.service.ratelimit.v3.rls_pb2_grpc import (
-    RateLimitServiceStub,
-    add_RateLimitServiceServicer_to_server,
-)
+from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
+from parallama import rpc
 from parallama.errors import Unavailable
 from parallama.limits import Limit, Unit, Window
 from ratelimit.buckets import Buckets
 from ratelimit.rules import Estimate
-from ratelimit.service import RateLimit
+from ratelimit.service import SHOULD_RATE_LIMIT, RateLimit
 
 NOON = 1_700_049_600.0
 REQUESTS = Limit("*", "*", Unit.REQUESTS, Window.MINUTE, 1)
@@ -61,6 +59,9 @@ class Gateway:
         self.now = NOON
         self.limits: tuple[Limit, ...] | Exception = ()
 
+    def peek(self, user: str) -> tuple[Limit, ...] | None:
+        return None if isinstance(self.limits, Exception) else self.limits
+
     async def limits_of(self, user: str) -> tuple[Limit, ...]:
         if isinstance(self.limits, Exception):
             raise self.limits
@@ -82,15 +83,13 @@ async def serving(redis, *, when_down="deny") -> AsyncIterator[Gateway]:
             buckets = Buckets(redis, lease=600, timeout=5)
             service = RateLimit(
                 buckets,
-                gateway.limits_of,
+                gateway,
                 clock=lambda: gateway.now,
                 estimate=Estimate(bytes_per_token=4, default_max_tokens=512),
                 when_down=when_down,
             )
-            server = grpc.aio.server()
-            add_RateLimitServiceServicer_to_server(service, server)
-            server.add_insecure_port(address)
-            await server.start()
+            server = rpc.Server({SHOULD_RATE_LIMIT: service.should_rate_limit})
+            await server.start(address.removeprefix("unix:"))
             try:
                 yield gateway
             finally:
@@ -265,8 +264,10 @@ def test_a_lost_charge_is_told(own_valkey, caplog):
     async def told(redis):
         async with serving(redis) as gateway:
             gateway.limits = (TOKENS,)
+            await gateway.reserve("r0")
             await gateway.reserve("r1")
             own_valkey.stop()
+            await gateway.settle("r0", 0)  # nothing is lost with it
             assert (await gateway.settle("r1", 42)).overall_code == OK
 
     own_valkey.run(told)
@@ -277,25 +278,33 @@ def test_a_lost_charge_is_told(own_valkey, caplog):
 def test_a_client_that_leaves_while_we_ask_holds_nothing(own_valkey):
     """Called without a socket: only so is it certain what has happened when it is cancelled."""
 
-    async def told(redis):
-        async def limits_of(user):
+    class Known:
+        def peek(self, user):
             return (TOKENS,)
 
-        buckets = Buckets(redis, lease=600, timeout=5)
-        service = RateLimit(
-            buckets, limits_of, clock=lambda: NOON, estimate=Estimate(4, 512), when_down="deny"
-        )
-        await service.ShouldRateLimit(reserve_call("r0"), None)
-        own_valkey.pause(signal.SIGSTOP)
-        leaving = asyncio.create_task(service.ShouldRateLimit(reserve_call("r1"), None))
-        for _ in range(5):  # turns of the loop: until the question is on its way
-            await asyncio.sleep(0)
-        leaving.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await leaving
-        own_valkey.pause(signal.SIGCONT)
-        after = await service.ShouldRateLimit(reserve_call("r2"), None)
-        assert headers(after)["x-ratelimit-remaining-tokens"] == str(1000 - 2 * 200)
-        await buckets.aclose()
+        async def limits_of(self, user):
+            return (TOKENS,)
+
+    async def told(redis):
+        async with aclosing(Buckets(redis, lease=600, timeout=5)) as buckets:
+            service = RateLimit(
+                buckets, Known(), clock=lambda: NOON, estimate=Estimate(4, 512), when_down="deny"
+            )
+
+            async def ask(id) -> RateLimitResponse:
+                request = reserve_call(id).SerializeToString()
+                return RateLimitResponse.FromString(await service.should_rate_limit(request))
+
+            await ask("r0")
+            own_valkey.pause(signal.SIGSTOP)
+            leaving = asyncio.create_task(ask("r1"))
+            for _ in range(5):  # turns of the loop: until the question is on its way
+                await asyncio.sleep(0)
+            leaving.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await leaving
+            own_valkey.pause(signal.SIGCONT)
+            after = await ask("r2")
+            assert headers(after)["x-ratelimit-remaining-tokens"] == str(1000 - 2 * 200)
 
     own_valkey.run(told)
