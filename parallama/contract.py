@@ -19,6 +19,7 @@ SPLICE_TEXT = "splice_text"  # str: what it inserts
 
 PROMPT_TOKENS = "prompt_tokens"  # number, absent when unknown
 COMPLETION_TOKENS = "completion_tokens"  # number, absent when unknown
+PROMPT_REPORTED = "prompt_reported"  # str, decimal: the same where it was reported, to learn from
 CACHED_TOKENS = "cached_tokens"  # number: part of the prompt that came from a cache
 TOTAL_TOKENS = "total_tokens"  # number: running total, what settling charges; 0 from the start
 USAGE_SOURCE = "usage_source"  # str: "reported", "counted" or "estimated"
@@ -31,7 +32,7 @@ UPSTREAM_ERROR = "upstream_error"  # bool: an error inside an answer of status 2
 LUA_KEYS = frozenset(
     {
         MODEL, STREAM, MAX_TOKENS, BODY_BYTES, STREAM_USAGE, SPLICE_AT, SPLICE_TEXT,
-        PROMPT_TOKENS, COMPLETION_TOKENS, CACHED_TOKENS, TOTAL_TOKENS, USAGE_SOURCE,
+        PROMPT_TOKENS, PROMPT_REPORTED, COMPLETION_TOKENS, CACHED_TOKENS, TOTAL_TOKENS, USAGE_SOURCE,
         FINISHED, COMPUTE_MS, RESPONSE_MODEL, FIRST_TOKEN_AT, UPSTREAM_ERROR,
     }
 )  # fmt: skip

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 
 ANY = "*"
+_LATEST = ":latest"
 
 
 class Unit(StrEnum):
@@ -46,14 +47,24 @@ class Limit:
     amount: int
 
     def covers(self, gateway: str, model: str) -> bool:
-        return self.gateway in (ANY, gateway) and name_matches(self.model, model)
+        """No other spelling of a model's name, as Ollama knows several, gets round its limit."""
+        return self.gateway in (ANY, gateway) and name_matches(_plain(self.model), _plain(model))
 
 
 def name_matches(pattern: str, name: str) -> bool:
-    """Whether `name` is `pattern`, or begins with what stands before its trailing `*`."""
+    """
+    Whether `name` is `pattern`, or begins with what stands before its trailing `*`.
+
+    Ollama means `x:latest` by `x`.
+    """
     if pattern.endswith("*"):
         return name.startswith(pattern[:-1])
-    return name == pattern
+    return name.removesuffix(_LATEST) == pattern.removesuffix(_LATEST)
+
+
+def _plain(name: str) -> str:
+    """The shortest of the spellings under which Ollama finds the same model."""
+    return name.lower().removeprefix("registry.ollama.ai/").removeprefix("library/")
 
 
 def merge(defaults: list[Limit], own: list[Limit]) -> tuple[Limit, ...]:

@@ -11,8 +11,8 @@ from parallama.db import database
 from parallama.db.policies import limits_of
 from parallama.stores import connect_redis, socket_path
 from ratelimit.buckets import Buckets
+from ratelimit.estimate import Estimate
 from ratelimit.policies import Policies
-from ratelimit.rules import Estimate
 from ratelimit.service import SHOULD_RATE_LIMIT, RateLimit
 
 

@@ -17,9 +17,6 @@ MOST_TOKENS = 1_000_000_000
 # Where only calls in flight stand in the way, nobody knows when they end. Soon, as a rule.
 _HELD_RETRY = 5
 
-# These answer with vectors: there is nothing to write, so only the prompt is held.
-_WRITES_NOTHING = frozenset({"/api/embed", "/api/embeddings", "/v1/embeddings"})
-
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
@@ -37,26 +34,15 @@ class Reserve:
 
 @dataclass(frozen=True, slots=True)
 class Settle:
-    """A call that ended, and the tokens it really used."""
+    """A call that ended, the tokens it really used, and what is to be learned from it."""
 
     user: str
     reservation: str
     used: int
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """How many tokens a call may need, before anybody knows."""
-
-    bytes_per_token: float
-    default_max_tokens: int
-
-    def tokens(self, ask: Reserve) -> int:
-        """The prompt, by its size, and the most that may be written. At least 1."""
-        prompt = math.ceil(ask.body_bytes / self.bytes_per_token)
-        if ask.endpoint in _WRITES_NOTHING:
-            return _within(prompt)
-        return _within(prompt + (ask.max_tokens or self.default_max_tokens))
+    model: str = ""
+    body_bytes: int = 0
+    prompt_tokens: int | None = None
+    """As the upstream reported them; None where it did not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +161,6 @@ def _bucket(limit: Limit, minute: int) -> Bucket:
     start, end = limit.window.bounds(minute * 60)
     parts = (limit.gateway, limit.model, limit.unit, limit.window)
     return Bucket(limit, ":".join([*(quote(part, safe="") for part in parts), str(start)]), end)
-
-
-def _within(tokens: int) -> int:
-    return min(max(tokens, 1), MOST_TOKENS)
 
 
 def _counts_tokens(bucket: Bucket) -> bool:

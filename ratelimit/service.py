@@ -12,6 +12,7 @@ from parallama.errors import Unavailable
 from parallama.limits import Limit
 from ratelimit import rules, wire
 from ratelimit.buckets import Buckets
+from ratelimit.estimate import Estimate
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class RateLimit:
         limits: Limits,
         *,
         clock: Clock,
-        estimate: rules.Estimate,
+        estimate: Estimate,
         when_down: Literal["deny", "allow"],
     ) -> None:
         self._buckets = buckets
@@ -61,6 +62,8 @@ class RateLimit:
             log.warning("rate limit call not understood", extra={"cause": str(error)})
             raise rpc.RpcError(rpc.Status.INVALID_ARGUMENT, str(error)) from error
         if isinstance(asked, rules.Settle):
+            if asked.prompt_tokens is not None:
+                self._estimate.learn(asked.model, asked.body_bytes, asked.prompt_tokens)
             self._settle(asked)
             return wire.SETTLED
         if self._limits.peek(asked.user) == ():

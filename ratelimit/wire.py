@@ -36,7 +36,15 @@ def parse(message: bytes) -> Reserve | Settle:
         if not descriptor.HasField("hits_addend"):
             raise BadCall("a reservation is settled without hits_addend")
         used = min(descriptor.hits_addend.value, MOST_TOKENS)
-        return Settle(user, _needed(entries, contract.RESERVATION), used)
+        reported = contract.PROMPT_REPORTED in entries
+        return Settle(
+            user,
+            _needed(entries, contract.RESERVATION),
+            used,
+            model=entries.get(contract.MODEL, ""),
+            body_bytes=_number(entries, contract.BODY_BYTES),
+            prompt_tokens=_number(entries, contract.PROMPT_REPORTED) if reported else None,
+        )
     dialect = _needed(entries, contract.DIALECT)
     if dialect not in (OLLAMA, OPENAI):
         raise BadCall(f"{contract.DIALECT} is neither {OLLAMA} nor {OPENAI}")

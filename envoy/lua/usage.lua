@@ -115,7 +115,10 @@ function Tally:report(prompt, completion, cached, total)
   self.reported, self.completion = true, completion
   self.total = total and total > sum and total or sum
   self.changed = true
-  if prompt then self:note("prompt_tokens", prompt) end
+  if prompt then
+    self:note("prompt_tokens", prompt)
+    self:note("prompt_reported", string.format("%d", prompt))
+  end
   if cached then self:note("cached_tokens", cached) end
   self:note("completion_tokens", completion)
   self:note("usage_source", "reported")

@@ -188,7 +188,7 @@ def test_splice_asks_for_usage_and_the_extra_event_is_hidden(openai: Gateway) ->
     assert facts == {
         "model": "m", "stream": True, "body_bytes": str(len(body)), "stream_usage": "ours",
         "splice_at": "1:0", "splice_text": '"stream_options":{"include_usage":true},',
-        "prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9,
+        "prompt_tokens": 7, "prompt_reported": "7", "completion_tokens": 2, "total_tokens": 9,
         "usage_source": "reported", "response_model": "m", "finished": True,
     }  # fmt: skip
 

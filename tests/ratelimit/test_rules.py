@@ -1,12 +1,8 @@
-from dataclasses import replace
-
 import pytest
 
 from parallama.limits import Limit, Unit, Window
 from ratelimit.rules import (
-    MOST_TOKENS,
     Admitted,
-    Estimate,
     Level,
     Reserve,
     Room,
@@ -103,21 +99,6 @@ def test_a_name_cannot_leave_its_part_of_the_key(hostile):
     assert bucket.name.isascii()
     assert not set(bucket.name) & set("{} \r\n")
     assert bucket.name.count(":") == 4
-
-
-@pytest.mark.parametrize(
-    ("change", "tokens"),
-    [
-        pytest.param({}, 200, id="prompt by its size, and the maximum named"),
-        pytest.param({"max_tokens": None}, 612, id="no maximum named"),
-        pytest.param({"body_bytes": 401}, 201, id="a part of a token is one"),
-        pytest.param({"endpoint": "/v1/embeddings"}, 100, id="embeddings write nothing"),
-        pytest.param({"endpoint": "/api/embed", "body_bytes": 0}, 1, id="never nothing"),
-        pytest.param({"max_tokens": 10**18}, MOST_TOKENS, id="no more than can be counted"),
-    ],
-)
-def test_estimate(change, tokens):
-    assert Estimate(4, 512).tokens(replace(ASK, **change)) == tokens
 
 
 @pytest.mark.parametrize(

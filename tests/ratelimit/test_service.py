@@ -7,6 +7,7 @@ import signal
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -20,12 +21,13 @@ from parallama import rpc
 from parallama.errors import Unavailable
 from parallama.limits import Limit, Unit, Window
 from ratelimit.buckets import Buckets
-from ratelimit.rules import Estimate
+from ratelimit.estimate import Estimate
 from ratelimit.service import SHOULD_RATE_LIMIT, RateLimit
 
 NOON = 1_700_049_600.0
 REQUESTS = Limit("*", "*", Unit.REQUESTS, Window.MINUTE, 1)
 TOKENS = Limit("*", "*", Unit.TOKENS, Window.DAY, 1000)
+ESTIMATE = partial(Estimate, bytes_per_token=4, default_max_tokens=512)
 OK, OVER = RateLimitResponse.OK, RateLimitResponse.OVER_LIMIT
 
 
@@ -85,7 +87,7 @@ async def serving(redis, *, when_down="deny") -> AsyncIterator[Gateway]:
                 buckets,
                 gateway,
                 clock=lambda: gateway.now,
-                estimate=Estimate(bytes_per_token=4, default_max_tokens=512),
+                estimate=ESTIMATE(),
                 when_down=when_down,
             )
             server = rpc.Server({SHOULD_RATE_LIMIT: service.should_rate_limit})
@@ -288,7 +290,7 @@ def test_a_client_that_leaves_while_we_ask_holds_nothing(own_valkey):
     async def told(redis):
         async with aclosing(Buckets(redis, lease=600, timeout=5)) as buckets:
             service = RateLimit(
-                buckets, Known(), clock=lambda: NOON, estimate=Estimate(4, 512), when_down="deny"
+                buckets, Known(), clock=lambda: NOON, estimate=ESTIMATE(), when_down="deny"
             )
 
             async def ask(id) -> RateLimitResponse:

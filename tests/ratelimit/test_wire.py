@@ -177,3 +177,10 @@ def test_a_refusal_that_waiting_does_not_help():
 
 def test_ollama_gets_one_sentence():
     assert json.loads(refused("ollama").raw_body) == {"error": "Too fast."}
+
+
+def test_what_a_charge_teaches():
+    entries = {"user": "u1", "reservation": "r1", "model": "m", "body_bytes": "90"}
+    told = parsed(request({**entries, "prompt_reported": "31"}, hits=42))
+    assert told == Settle("u1", "r1", 42, "m", 90, 31)
+    assert parsed(request(entries, hits=42)).prompt_tokens is None
