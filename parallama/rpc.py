@@ -110,7 +110,16 @@ class _Stream:
         self.size = 0
         self.ended = False
         self.messages: asyncio.Queue[bytes | None] | None = None
-        self.task: asyncio.Task[bytes] | None = None
+        self.task: asyncio.Future[bytes] | None = None
+
+    def abandon(self) -> None:
+        """The client is gone. What it had sent of a stream is still to be consumed."""
+        if self.messages is not None:
+            if not self.ended:
+                self.ended = True
+                self.messages.put_nowait(None)
+        elif self.task is not None:
+            self.task.cancel()
 
 
 class _Connection(asyncio.Protocol):
@@ -140,9 +149,9 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.connections.discard(self)
         for stream in self._streams.values():
-            if stream.task is not None:
-                stream.task.cancel()
+            stream.abandon()
         self._streams.clear()
+        self._server.call_ended()
 
     def data_received(self, data: bytes) -> None:
         data = self._buffer + data if self._buffer else data
@@ -299,21 +308,19 @@ class _Connection(asyncio.Protocol):
             self._run(number, stream, answer)
 
     def _run(self, number: int, stream: _Stream, call: Awaitable[bytes]) -> None:
-        async def run() -> bytes:
-            return await call
-
-        def done(task: "asyncio.Task[bytes]") -> None:
+        def done(task: "asyncio.Future[bytes]") -> None:
+            self._server.running.discard(task)
+            self._server.call_ended()
+            error = None if task.cancelled() else task.exception()
             if task.cancelled() or self._streams.get(number) is not stream:
-                if not task.cancelled():
-                    task.exception()
                 return
-            error = task.exception()
             if error is not None:
                 self._fail(number, error)
             else:
                 self._answer(number, task.result())
 
-        stream.task = asyncio.get_running_loop().create_task(run())
+        stream.task = asyncio.ensure_future(call)
+        self._server.running.add(stream.task)
         stream.task.add_done_callback(done)
 
     def _pass_messages(
@@ -345,8 +352,8 @@ class _Connection(asyncio.Protocol):
 
     def _forget(self, number: int) -> None:
         stream = self._streams.pop(number, None)
-        if stream is not None and stream.task is not None:
-            stream.task.cancel()
+        if stream is not None:
+            stream.abandon()
 
     # --- answers out ---
 
@@ -391,8 +398,7 @@ class _Connection(asyncio.Protocol):
         stream = self._streams.pop(number, None)
         if stream is not None and not stream.ended:
             self._send(_frame(_RST_STREAM, 0, number, struct.pack(">I", _NO_ERROR)))
-            if stream.task is not None:
-                stream.task.cancel()
+            stream.abandon()
         self._server.call_ended()
 
     def _send(self, data: bytes) -> None:
@@ -433,6 +439,7 @@ class Server:
         self.methods: dict[str, Unary] = {**methods, "/grpc.health.v1.Health/Check": self._health}
         self.streams = dict(streams or {})
         self.connections: set[_Connection] = set()
+        self.running: set[asyncio.Future[bytes]] = set()
         self._serving = False
         self._idle = asyncio.Event()
         self._listener: asyncio.Server
@@ -455,13 +462,20 @@ class Server:
         self._listener.close()
         for connection in self.connections:
             connection.say_goodbye()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(grace):
-                while any(connection.busy for connection in self.connections):
-                    self._idle.clear()
-                    await self._idle.wait()
+        await self._until(lambda: not any(one.busy for one in self.connections), grace)
         for connection in tuple(self.connections):
             connection.close()
+        # What clients had sent before they were cut is still being consumed.
+        await self._until(lambda: not self.connections and not self.running, grace)
+        for call in tuple(self.running):
+            call.cancel()
+
+    async def _until(self, done: Callable[[], bool], seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not done():
+                    self._idle.clear()
+                    await self._idle.wait()
 
     def call_ended(self) -> None:
         self._idle.set()

@@ -3,14 +3,13 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from typing import TYPE_CHECKING, Any
 
 from parallama.config import Config
 from parallama.errors import ParallamaError
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
 
 # sun_path holds 108 bytes with its closing zero.
 _LONGEST_SOCKET_PATH = 107
@@ -32,12 +31,17 @@ def socket_path(path: Path) -> str:
     return short
 
 
-def connect_redis(config: Config, **options: Any) -> Redis:
+def connect_redis(config: Config, **options: Any) -> "Redis":
     """
     A client of the embedded Valkey, or of the server that `redis.host` names. Connects when used.
 
     Nothing is tried twice here: whoever calls knows whether a second try is safe.
     """
+    # 6 MB, which those that only need the names of sockets do not carry.
+    from redis.asyncio import Redis
+    from redis.asyncio.retry import Retry
+    from redis.backoff import NoBackoff
+
     settings = config.redis
     password = settings.password
     common: Mapping[str, Any] = {

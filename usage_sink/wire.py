@@ -56,12 +56,14 @@ class Finished:
 
 
 def parse(entry: pb.HTTPAccessLogEntry) -> Finished | None:
-    """None for a request of nobody we know, and for the entries Envoy writes before the end."""
+    """None for a request of nobody we know, and for an entry that Envoy writes before the end."""
     common = entry.common_properties
     metadata = common.metadata.filter_metadata
     if c.AUTHZ not in metadata or common.intermediate_log_entry:
         return None
     who = metadata[c.AUTHZ].fields
+    if _text(who, c.USER) is None:
+        return None
     lua = metadata[c.LUA].fields if c.LUA in metadata else {}
     limits = metadata[c.RATELIMIT].fields if c.RATELIMIT in metadata else {}
     flags = [_FLAGS.get(field.name, field.name) for field, _ in common.response_flags.ListFields()]

@@ -33,6 +33,7 @@ class Writer:
         self._batch_rows = batch_rows
         self._flush_seconds = flush_seconds
         self._queue: asyncio.Queue[UsageRecord] = asyncio.Queue(queue_rows)
+        self._in_hand = 0
 
     async def put(self, record: UsageRecord) -> None:
         await self._queue.put(record)
@@ -45,7 +46,9 @@ class Writer:
                 await asyncio.sleep(self._flush_seconds)
             while len(batch) < self._batch_rows and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
+            self._in_hand = len(batch)
             await self._store(batch)
+            self._in_hand = 0
             for _ in batch:
                 self._queue.task_done()
 
@@ -55,8 +58,8 @@ class Writer:
 
     @property
     def waiting(self) -> int:
-        """Rows that are not stored yet, without those in the batch being written."""
-        return self._queue.qsize()
+        """Rows that are not stored yet."""
+        return self._queue.qsize() + self._in_hand
 
     async def _store(self, batch: Sequence[UsageRecord]) -> None:
         pause = _FIRST_RETRY_SECONDS
@@ -67,6 +70,11 @@ class Writer:
                 log.warning("rows not stored yet", extra={"rows": len(batch), "cause": str(error)})
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LONGEST_RETRY_SECONDS)
+            except Exception:
+                # Not the store's state but the rows, or a mistake of ours: trying again is no help,
+                # and all others still wait.
+                log.exception("rows lost: they cannot be stored", extra={"rows": len(batch)})
+                return
             else:
                 if stored < len(batch):
                     log.info("rows were there already", extra={"rows": len(batch) - stored})
@@ -80,9 +88,14 @@ async def writing(writer: Writer, *, deadline: float) -> AsyncIterator[Writer]:
         running = tasks.create_task(writer.run(), name="usage writer")
         try:
             yield writer
-            async with asyncio.timeout(deadline):
-                await writer.drain()
-        except TimeoutError:
-            log.error("rows lost: the database did not take them", extra={"rows": writer.waiting})
+            await _drain(writer, deadline)
         finally:
             running.cancel()
+
+
+async def _drain(writer: Writer, deadline: float) -> None:
+    try:
+        async with asyncio.timeout(deadline):
+            await writer.drain()
+    except TimeoutError:
+        log.error("rows lost: the database did not take them", extra={"rows": writer.waiting})

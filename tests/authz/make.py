@@ -78,7 +78,7 @@ def a_check(
 def a_model_check(
     authz: dict[str, Any] | None = None, lua: dict[str, Any] | None = None
 ) -> pb.CheckRequest:
-    """What Envoy's filter `model` asks: `authz` and `lua` are the metadata of the two namespaces."""
+    """What Envoy's filter `model` asks, with the metadata of the two namespaces."""
     check = a_check(headers={})
     metadata = check.attributes.metadata_context.filter_metadata
     if authz is None:

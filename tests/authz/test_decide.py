@@ -253,6 +253,10 @@ def test_whether_a_gateway_is_served_is_told_to_nobody_without_a_key() -> None:
     [
         (("llama3",), "llama3", True),
         (("llama3",), "llama3:8b", False),
+        (("llama3",), "llama3:latest", True),
+        (("llama3:latest",), "llama3", True),
+        (("llama3:8b",), "llama3", False),
+        (("llama3",), "llama3:latest:latest", False),
         (("llama3",), "Llama3", False),
         (("llama3",), " llama3", False),
         (("llama3*",), "llama3:8b", True),

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -254,3 +255,51 @@ def test_standard_error_is_where_logs_go(capsys: pytest.CaptureFixture[str]) -> 
     log.info("up")
     assert json.loads(capsys.readouterr().err)["event"] == "up"
     assert logging.getLogger().handlers[-1].stream is sys.stderr
+
+
+FINISHED = {
+    "user": "anna",
+    "model": "llama3",
+    "endpoint": "/api/chat",
+    "status": 200,
+    "tokens_in": 26,
+    "tokens_out": 1298,
+    "source": "reported",
+    "first_token_s": 0.213,
+    "duration_s": 4.5,
+    "tokens_left": 98_676,
+    "requests_left": None,
+    "aborted": None,
+    "request_id": "c0ffee",
+}
+
+
+@pytest.mark.parametrize(
+    ("facts", "shown"),
+    [
+        pytest.param(
+            {},
+            "anna llama3 /api/chat 200: tokens 26 in, 1,298 out, first after 0.21 s,"
+            " done after 4.50 s, 98,676 tokens left",
+            id="reported",
+        ),
+        pytest.param(
+            {"source": "counted", "tokens_in": None, "aborted": True, "requests_left": 3},
+            "anna llama3 /api/chat 200: tokens (counted) 1,298 out, first after 0.21 s,"
+            " done after 4.50 s, 98,676 tokens left, 3 requests left, client left",
+            id="cut",
+        ),
+        pytest.param(
+            {"model": "a\nb", "status": 429, "tokens_in": None, "tokens_out": None}
+            | {"first_token_s": None, "tokens_left": 0},
+            'anna "a\\nb" /api/chat 429: done after 4.50 s, 0 tokens left',
+            id="refused",
+        ),
+    ],
+)
+def test_a_finished_request_is_a_line_for_people(facts: dict[str, object], shown: str) -> None:
+    stream = configured(format="text")
+    logging.getLogger(logs.REQUESTS).info("request finished", extra=FINISHED | facts)
+    at, _, line = stream.getvalue().partition(" ")
+    assert re.fullmatch(r"\d\d:\d\d:\d\d", at)
+    assert line == f"{shown}\n"

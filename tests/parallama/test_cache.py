@@ -1,0 +1,130 @@
+"""A memory that is bounded, and that never outlives a change."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from parallama.cache import Cache
+
+
+def says(value: str | None) -> Callable[[], Awaitable[str | None]]:
+    async def load() -> str | None:
+        return value
+
+    return load
+
+
+async def never() -> str | None:
+    raise AssertionError("loaded although it was known")
+
+
+def test_a_value_is_loaded_once() -> None:
+    async def story() -> None:
+        cache: Cache[str, str] = Cache(size=2)
+        assert cache.peek("a") is None
+        assert await cache.get("a", says("1")) == "1"
+        assert await cache.get("a", never) == "1"
+        assert cache.peek("a") == "1"
+
+    asyncio.run(story())
+
+
+def test_nothing_is_not_remembered() -> None:
+    async def story() -> None:
+        cache: Cache[str, str] = Cache(size=2)
+        assert await cache.get("a", says(None)) is None
+        assert await cache.get("a", says("1")) == "1"
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("used", ["get", "peek"])
+def test_what_was_used_longest_ago_goes_first(used: str) -> None:
+    async def story() -> None:
+        cache: Cache[str, str] = Cache(size=2)
+        await cache.get("a", says("1"))
+        await cache.get("b", says("2"))
+        if used == "get":
+            await cache.get("a", never)
+        else:
+            cache.peek("a")
+        await cache.get("c", says("3"))
+        assert len(cache) == 2
+        assert (cache.peek("a"), cache.peek("b"), cache.peek("c")) == ("1", None, "3")
+
+    asyncio.run(story())
+
+
+def test_forgetting_is_by_key_and_value() -> None:
+    async def story() -> None:
+        cache: Cache[str, str] = Cache(size=9)
+        for key in "abc":
+            await cache.get(key, says(key.upper()))
+        cache.forget(lambda key, value: key == "a" or value == "C")
+        assert [cache.peek(key) for key in "abc"] == [None, "B", None]
+        cache.forget_all()
+        assert len(cache) == 0
+
+    asyncio.run(story())
+
+
+Change = Callable[["Cache[str, str]"], None]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda cache: cache.forget(lambda key, _: key == "other"), id="forget"),
+        pytest.param(lambda cache: cache.forget_all(), id="forget all"),
+        pytest.param(lambda cache: cache.pause(), id="pause"),
+        pytest.param(lambda cache: cache.resume(), id="resume"),
+    ],
+)
+def test_what_was_being_loaded_during_a_change_is_used_once(change: Change) -> None:
+    async def story() -> None:
+        cache: Cache[str, str] = Cache(size=9)
+        asked, answer = asyncio.Event(), asyncio.Event()
+
+        async def slow() -> str:
+            asked.set()
+            await answer.wait()
+            return "old"
+
+        loading = asyncio.create_task(cache.get("a", slow))
+        await asked.wait()
+        change(cache)
+        answer.set()
+        assert await loading == "old"
+        assert cache.peek("a") is None
+
+    asyncio.run(story())
+
+
+def test_while_paused_every_value_is_loaded_anew() -> None:
+    async def story() -> None:
+        cache: Cache[str, str] = Cache(size=9)
+        await cache.get("a", says("1"))
+        cache.pause()
+        assert cache.peek("a") is None
+        assert await cache.get("a", says("2")) == "2"
+        assert await cache.get("a", says("3")) == "3"
+        cache.resume()
+        assert await cache.get("a", says("4")) == "4"
+        assert await cache.get("a", never) == "4"
+
+    asyncio.run(story())
+
+
+def test_a_load_that_fails_is_not_remembered() -> None:
+    async def story() -> None:
+        cache: Cache[str, str] = Cache(size=9)
+
+        async def fails() -> str:
+            raise OSError("away")
+
+        with pytest.raises(OSError, match="away"):
+            await cache.get("a", fails)
+        assert await cache.get("a", says("1")) == "1"
+
+    asyncio.run(story())
