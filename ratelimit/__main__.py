@@ -47,7 +47,10 @@ async def main(config: Config) -> None:
                 name="change signal",
             )
             await daemon.run_until_stopped(
-                rpc.Server({SHOULD_RATE_LIMIT: service.should_rate_limit}),
+                rpc.Server(
+                    {SHOULD_RATE_LIMIT: service.should_rate_limit},
+                    undo={SHOULD_RATE_LIMIT: service.untaken},
+                ),
                 listen=socket_path(config.run_dir / "ratelimit.sock"),
                 grace=config.shutdown.drain_seconds,
             )

@@ -70,6 +70,12 @@ class RateLimit:
             return wire.UNLIMITED
         return self._answer(asked)
 
+    def untaken(self, request: bytes) -> None:
+        """The client left while our yes was on its way: Envoy will settle nothing, so we do."""
+        asked = wire.parse(request)
+        if isinstance(asked, rules.Reserve):
+            self._settle(rules.Settle(asked.user, asked.request_id, 0))
+
     async def _answer(self, ask: rules.Reserve) -> bytes:
         try:
             answer = await self._reserve(ask)

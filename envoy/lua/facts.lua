@@ -229,7 +229,8 @@ local function read(handle, authz)
   end
   -- Waiting for more than Envoy may hold could wait for ever: where identity took long, reading has stopped by now.
   local most = handle:filterContext():get("max_body_bytes")
-  if most and (tonumber(headers:get("content-length")) or 0) > most then
+  local announced = headers:get("content-length")
+  if most and announced and (tonumber(announced) or 0) > most then
     return respond(handle, authz, { status = "413", code = "request_too_large", message = "the request body is too large" })
   end
   -- What was read as UTF-8 JSON is sent on as that: another type or charset could make it mean something else.

@@ -110,7 +110,11 @@ end
 -- The upstream's own numbers; nil is what it did not say. A completion it does not name is what was counted.
 function Tally:report(prompt, completion, cached, total)
   if not prompt and not completion then return end
-  if not completion then completion = self.reported and self.completion or self.counted end
+  local source = "reported"
+  if not completion then
+    if self.counted > 0 then source = "counted" end
+    completion = self.reported and self.completion or self.counted
+  end
   local sum = (prompt or 0) + completion
   self.reported, self.completion = true, completion
   self.total = total and total > sum and total or sum
@@ -121,7 +125,7 @@ function Tally:report(prompt, completion, cached, total)
   end
   if cached then self:note("cached_tokens", cached) end
   self:note("completion_tokens", completion)
-  self:note("usage_source", "reported")
+  self:note("usage_source", source)
 end
 
 function Tally:work(a, b)
@@ -168,7 +172,7 @@ end
 function Tally:ollama(s, at)
   local prompt, completion = tokens(s, at.prompt_eval_count), tokens(s, at.eval_count)
   if prompt or completion or self.counted == 0 then
-    self:report(prompt or 0, completion or 0)
+    self:report(prompt or 0, completion or self.counted == 0 and 0 or nil)
   end
   local prompt_ns, eval_ns = number(s, at.prompt_eval_duration), number(s, at.eval_duration)
   self:work(prompt_ns and prompt_ns / 1e6, eval_ns and eval_ns / 1e6)

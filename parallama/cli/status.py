@@ -33,7 +33,9 @@ async def _look(config: "Config") -> dict[str, Any]:
     health = await asyncio.to_thread(_health, config)
     database, counts = await _database(config)
     redis = await _redis(config) if pid or not config.redis.embedded else "not running"
+    children = _children(config) if pid is not None else {}
     well = [pid is not None, health == "ok", database == "ok", redis == "ok"]
+    well += [child["state"] == "serving" for child in children.values()]
     return {
         "ok": all(well),
         "config": str(config.source),
@@ -43,7 +45,7 @@ async def _look(config: "Config") -> dict[str, Any]:
         "database": database,
         "redis": redis,
         **counts,
-        "children": _children(config) if pid is not None else [],
+        "children": [_told(name, child) for name, child in children.items()],
     }
 
 
@@ -93,12 +95,19 @@ async def _redis(config: "Config") -> str:
     return "ok"
 
 
-def _children(config: "Config") -> list[str]:
+def _children(config: "Config") -> dict[str, dict[str, Any]]:
+    """What the supervisor wrote down about its children, by name."""
     try:
         told = json.loads((config.run_dir / "children.json").read_text(encoding="utf-8"))
-        return [
-            f"{name} {child['state']} (process {child['pid']}, restarts {child['restarts']})"
-            for name, child in told.items()
-        ]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return []
+        return {name: dict(child) for name, child in told.items() if "state" in child}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _told(name: str, child: dict[str, Any]) -> str:
+    facts = []
+    if child.get("pid") is not None:
+        facts.append(f"process {child['pid']}")
+    if child.get("restarts"):
+        facts += [f"restarts {child['restarts']}", f"last exit {child.get('last_exit')}"]
+    return f"{name} {child['state']}" + (f" ({', '.join(facts)})" if facts else "")

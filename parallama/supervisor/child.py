@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,7 @@ _LONGEST_PAUSE_SECONDS = 10.0
 _WELL_SECONDS = 10.0
 _LOOP_DEATHS = 4
 _READY_POLL_SECONDS = 0.02
+_PROGRESS_SECONDS = 5.0
 
 _libc = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
@@ -31,7 +33,8 @@ class Command:
     What to run, and how to tell that it serves.
 
     `death_signal` is what the kernel sends when the supervisor itself is killed: SIGTERM only to
-    those that have something to save and end by themselves in bounded time.
+    those that have something to save and end by themselves in bounded time. `messages` says where
+    an operator finds what the child had to say.
     """
 
     name: str
@@ -42,11 +45,33 @@ class Command:
     start_seconds: float = 30.0
     stop_seconds: float = 10.0
     death_signal: signal.Signals = signal.SIGKILL
+    messages: str = "above"
+
+
+@dataclass
+class Backoff:
+    """How long a child that died has to wait: longer each time, until it has been well."""
+
+    deaths: int = 0
+
+    def died(self, lived: float) -> float:
+        if lived > _WELL_SECONDS:
+            self.deaths = 0
+        self.deaths += 1
+        return float(min(_FIRST_PAUSE_SECONDS * 2 ** (self.deaths - 1), _LONGEST_PAUSE_SECONDS))
+
+    @property
+    def looping(self) -> bool:
+        return self.deaths >= _LOOP_DEATHS
 
 
 @dataclass
 class Child:
-    """Runs a Command again whenever it dies, with growing pauses, until `stop`."""
+    """
+    Runs a Command again whenever it dies, with growing pauses, until `stop`.
+
+    Only one that never served is not tried again: what stops its first start stops the second.
+    """
 
     command: Command
     on_change: Callable[[], None]
@@ -54,64 +79,90 @@ class Child:
     restarts: int = 0
     state: str = "waiting"
     pid: int | None = None
-    _process: asyncio.subprocess.Process | None = None
-    _stopping: bool = False
+    last_exit: str | None = None
     _settled: asyncio.Event = field(default_factory=asyncio.Event)
+    _stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    _ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
-        """Keep the child running; returns after `stop`."""
-        pause, deaths = _FIRST_PAUSE_SECONDS, 0
-        while not self._stopping:
-            started = time.monotonic()
-            code = await self._once()
-            if self._stopping:
-                break
-            if time.monotonic() - started > _WELL_SECONDS:
-                pause, deaths = _FIRST_PAUSE_SECONDS, 0
-            deaths += 1
-            self.restarts += 1
-            facts = {"child": self.command.name, "exit": _exit(code), "again_in_s": pause}
-            if deaths >= _LOOP_DEATHS:
-                self._become("crash loop")
-                log.error("child keeps dying", extra=facts | {"deaths": deaths})
-                self._settled.set()
-            else:
-                self._become("restarting")
-                log.warning("child died", extra=facts)
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
-        self._become("stopped")
+        """Keep the child running; returns after `stop`, or when it does not even start."""
+        try:
+            await self._keep_running()
+        finally:
+            self._become("stopped")
+            self._settled.set()
+            self._ended.set()
 
     async def serving(self) -> None:
-        """Wait until the child serves for the first time, or say that it does not."""
-        try:
-            async with asyncio.timeout(self.command.start_seconds):
-                await self._settled.wait()
-        except TimeoutError:
-            pass
+        """Return when the child serves for the first time; raises ParallamaError if it does not."""
+        name, seconds = self.command.name, self.command.start_seconds
+        waiting = asyncio.create_task(self._settled.wait())
+        begun = time.monotonic()
+        while not waiting.done() and (waited := time.monotonic() - begun) < seconds:
+            pause = min(_PROGRESS_SECONDS, seconds - waited)
+            if not (await asyncio.wait((waiting,), timeout=pause))[0]:
+                log.info("still starting", extra={"child": name})
+        waiting.cancel()
         if self.state != "serving":
-            raise ParallamaError(
-                f"{self.command.name} does not start: its own messages say why, here or in state_dir"
-            )
+            why = f"does not answer after {seconds:g} s"
+            if self.last_exit is not None:
+                why = f"does not start ({self.last_exit})"
+            raise ParallamaError(f"{name} {why}: its own messages are {self.command.messages}")
 
     async def stop(self) -> None:
-        """SIGTERM, and SIGKILL where that is not enough."""
-        self._stopping = True
-        process = self._process
-        if process is None or process.returncode is not None:
-            return
-        try:
-            process.terminate()
-            async with asyncio.timeout(self.command.stop_seconds):
-                await process.wait()
-        except ProcessLookupError:
-            return
-        except TimeoutError:
-            log.warning("child killed", extra={"child": self.command.name})
-            process.kill()
-            await process.wait()
+        """SIGTERM, and SIGKILL where that is not enough; returns when it has ended."""
+        self._stopping.set()
+        await self._ended.wait()
 
-    async def _once(self) -> int:
+    async def _keep_running(self) -> None:
+        backoff = Backoff()
+        while not self._stopping.is_set():
+            begun = time.monotonic()
+            self.last_exit = await self._once()
+            if self._stopping.is_set() or not self._settled.is_set():
+                return
+            pause = backoff.died(time.monotonic() - begun)
+            self.restarts += 1
+            self._become("crash loop" if backoff.looping else "restarting")
+            log.log(
+                logging.ERROR if backoff.looping else logging.WARNING,
+                "child keeps dying" if backoff.looping else "child died",
+                extra={
+                    "child": self.command.name,
+                    "exit": self.last_exit,
+                    "deaths": backoff.deaths,
+                    "again_in_s": pause,
+                },
+            )
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._stopping.wait()
+
+    async def _once(self) -> str:
+        """One life of the process; how it ended."""
+        try:
+            process = await self._spawn()
+        except OSError as error:
+            return f"cannot be run: {error.strerror}"
+        self.pid = process.pid
+        self._become("starting")
+        watching = asyncio.create_task(self._until_ready())
+        ended = asyncio.create_task(process.wait())
+        told = asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait((ended, told), return_when=asyncio.FIRST_COMPLETED)
+            watching.cancel()
+            if not ended.done():
+                await self._end(process)
+            return _exit(await ended)
+        finally:
+            if process.returncode is None:
+                process.kill()
+            watching.cancel()
+            told.cancel()
+            self.pid = None
+
+    async def _spawn(self) -> asyncio.subprocess.Process:
         parent = os.getpid()
         death_signal = self.command.death_signal
 
@@ -120,7 +171,7 @@ class Child:
             if os.getppid() != parent:
                 os._exit(1)
 
-        self._process = process = await asyncio.create_subprocess_exec(
+        return await asyncio.create_subprocess_exec(
             *self.command.argv,
             cwd=self.command.cwd,
             env=dict(self.command.env),
@@ -130,20 +181,25 @@ class Child:
             pass_fds=self.keep_open,
             preexec_fn=die_with_parent,
         )
-        self.pid = process.pid
-        self._become("starting")
-        watching = asyncio.create_task(self._until_ready(), name=f"{self.command.name} ready")
+
+    async def _end(self, process: asyncio.subprocess.Process) -> None:
+        with suppress(ProcessLookupError):
+            process.terminate()
         try:
-            return await process.wait()
-        finally:
-            watching.cancel()
-            self.pid = None
+            async with asyncio.timeout(self.command.stop_seconds):
+                await process.wait()
+        except TimeoutError:
+            log.warning("child killed", extra={"child": self.command.name})
+            with suppress(ProcessLookupError):
+                process.kill()
 
     async def _until_ready(self) -> None:
         while not await self.command.ready():  # noqa: ASYNC110  it is another process
             await asyncio.sleep(_READY_POLL_SECONDS)
         self._become("serving")
         self._settled.set()
+        if self.restarts:
+            log.info("child serves again", extra={"child": self.command.name})
 
     def _become(self, state: str) -> None:
         self.state = state

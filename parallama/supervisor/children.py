@@ -26,11 +26,12 @@ def service(name: str, config: Config) -> Command:
     return Command(
         name=name,
         argv=[sys.executable, "-P", "-m", name, "--config", str(config.source)],
-        ready=partial(envoy_admin.accepts, Path(socket_path(listen))),
+        ready=partial(envoy_admin.accepts, socket_path(listen)),
         cwd=config.state_dir,
         env=os.environ | _LEAN,
         stop_seconds=config.shutdown.drain_seconds + 5,
         death_signal=signal.SIGTERM if name == "usage_sink" else signal.SIGKILL,
+        messages="above" if config.logging.dir is None else f"above or in {config.logging.dir}",
     )
 
 
@@ -46,21 +47,26 @@ def valkey(config: Config) -> Command:
         "logfile valkey.log",
         # Counters survive a restart.
         "save 60 1",
+        # It leaves when told, also where the disk is full or the folder gone: it does not stay
+        # behind, holding state_dir's lock, because counters could not be saved.
+        "shutdown-on-sigterm force",
+        f"databases {config.redis.db + 1}",
         "daemonize no",
         "loglevel warning",
     ]
     if config.redis.password is not None:
-        told.append(f"requirepass {config.redis.password.get_secret_value()}")
+        told.append(f"requirepass {_quoted(config.redis.password.get_secret_value())}")
     conf = folder / "valkey.conf"
     conf.touch(mode=0o600)
     conf.write_text("\n".join(told) + "\n", encoding="utf-8")
     return Command(
         name="valkey",
         argv=[str(_valkey_binary()), "valkey/valkey.conf"],
-        ready=partial(envoy_admin.accepts, Path(socket_path(valkey_socket(config)))),
+        ready=partial(envoy_admin.accepts, socket_path(valkey_socket(config))),
         cwd=config.state_dir,
         env=os.environ,
         death_signal=signal.SIGTERM,
+        messages=f"in {folder / 'valkey.log'}",
     )
 
 
@@ -74,10 +80,16 @@ def envoy(config: Config) -> Command:
             "-c",
             "envoy/envoy.yaml",
             "--disable-hot-restart",
+            # Otherwise a misspelt name in a file that is edited while it runs would mean nothing.
+            "--reject-unknown-dynamic-fields",
             "--concurrency",
             str(config.server.workers),
             "--log-level",
             config.envoy.log_level,
+            # A listener that is taken away closes its connections at once. It is only taken away
+            # after drain_seconds: see envoy_admin.drain.
+            "--drain-time-s",
+            "0",
         ],
         ready=partial(envoy_admin.answers_ok, asked_at, port, "/healthz"),
         cwd=config.state_dir,
@@ -109,6 +121,11 @@ def model(config: Config, port: int) -> Command:
         start_seconds=120.0,
         stop_seconds=5.0,
     )
+
+
+def _quoted(text: str) -> str:
+    """As valkey.conf wants text in which there may be spaces or quotes."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def free_port() -> int:

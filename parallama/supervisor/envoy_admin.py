@@ -1,88 +1,89 @@
-"""Envoy's admin interface on its unix socket: health, draining, leaving."""
+"""Questions to Envoy and to whoever else has to serve before it: is it there, is it done?"""
 
 import asyncio
-import http.client
-import json
-import socket
-from contextlib import closing
+import re
+from collections.abc import Awaitable
+from http import HTTPStatus
 from pathlib import Path
 
+from parallama.supervisor import envoy_files
+
 _TIMEOUT_SECONDS = 5.0
+_POLL_SECONDS = 0.05
+# More than buffer_flush_interval in envoy.yaml, until which an access-log entry is not sent.
+_FLUSH_SECONDS = 0.25
+
+_Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("admin", timeout=_TIMEOUT_SECONDS)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
-
-
-def _ask(path: str, method: str, what: str) -> str:
-    with closing(_UnixConnection(path)) as connection:
-        try:
-            connection.request(method, what)
-            answer = connection.getresponse()
-            body = answer.read().decode()
-        except http.client.HTTPException as error:
-            raise OSError(f"envoy's admin said what is not HTTP: {error!r}") from error
-    if answer.status != http.HTTPStatus.OK:
-        raise OSError(f"envoy's admin answered {answer.status} to {what}")
-    return body
-
-
-async def ask(path: str, method: str, what: str) -> str:
-    """The body of the answer. Raises OSError where Envoy does not answer with 200."""
-    return await asyncio.to_thread(_ask, path, method, what)
-
-
-async def active_requests(admin: str) -> int:
-    name = "http.gateway.downstream_rq_active"
-    answer = json.loads(await ask(admin, "GET", f"/stats?format=json&filter=^{name}$"))
-    return sum(int(stat["value"]) for stat in answer["stats"])
-
-
-async def drain(admin: str, *, seconds: float, flush_seconds: float, hurry: asyncio.Event) -> bool:
+async def drain(admin: str, folder: Path, *, seconds: float, hurry: asyncio.Event) -> bool:
     """
-    Let the requests that run end, and their log entries leave, then tell Envoy to exit.
+    Let the requests that run end and their log entries leave, then tell Envoy to exit.
 
-    False where some still ran after `seconds`, or when `hurry` was set: those are cut. Raises
-    OSError where Envoy is gone.
+    New connections are refused from the start: whoever made one now would have to be cut later.
+    False where some still ran after `seconds`, or when `hurry` was set: those were cut, and their
+    log entries have left, too. Raises OSError where Envoy does not answer.
     """
-    await ask(admin, "POST", "/healthcheck/fail")
-    await ask(admin, "POST", "/drain_listeners?graceful&skip_exit")
-    deadline = asyncio.get_running_loop().time() + seconds
-    while (running := await active_requests(admin)) and not hurry.is_set():
-        if asyncio.get_running_loop().time() > deadline:
-            break
-        await asyncio.sleep(0.05)
-    # Entries wait in Envoy for buffer_flush_interval; what is not sent by then would be lost.
-    await asyncio.sleep(flush_seconds)
-    await ask(admin, "POST", "/quitquitquit")
-    return running == 0
+    await _ask(admin, "POST", "/healthcheck/fail")  # answers now say: connection: close
+    await _ask(admin, "POST", "/drain_listeners")
+    ended = await _wait_quiet(admin, seconds, hurry)
+    if not ended:
+        envoy_files.close_listeners(folder)
+        async with asyncio.timeout(_TIMEOUT_SECONDS):
+            await _quiet(admin)
+    await _ask(admin, "POST", "/quitquitquit")
+    return ended
+
+
+async def _wait_quiet(admin: str, seconds: float, hurry: asyncio.Event) -> bool:
+    quiet = asyncio.create_task(_quiet(admin))
+    hurried = asyncio.create_task(hurry.wait())
+    try:
+        await asyncio.wait((quiet, hurried), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if quiet.done():
+            quiet.result()
+        return quiet.done()
+    finally:
+        quiet.cancel()
+        hurried.cancel()
+
+
+async def _quiet(admin: str) -> None:
+    """Return when no request runs, and none has for as long as log entries wait."""
+    before = None
+    while True:
+        running, total = await _requests(admin)
+        if running == 0 and total == before:
+            return
+        before = total if running == 0 else None
+        await asyncio.sleep(_FLUSH_SECONDS if running == 0 else _POLL_SECONDS)
+
+
+async def _requests(admin: str) -> tuple[int, int]:
+    """How many run, and how many there were; nothing is counted once the listeners are gone."""
+    name = "http.gateway.downstream_rq_{}"
+    answer = await _ask(admin, "GET", f"/stats?filter=^{name.format('(active|total)')}$")
+    counts = dict(re.findall(r"downstream_rq_(active|total): (\d+)", answer))
+    return int(counts.get("active", 0)), int(counts.get("total", 0))
+
+
+async def _ask(admin: str, method: str, path: str) -> str:
+    status, text = await _exchange(asyncio.open_unix_connection(admin), method, path)
+    if status != HTTPStatus.OK:
+        raise OSError(f"envoy's admin answered {status} to {path}")
+    return text
 
 
 async def answers_ok(host: str, port: int, path: str) -> bool:
     """Whether GET `path` is answered with 200."""
     try:
-        reader, writer = await asyncio.open_connection(host, port)
+        status, _ = await _exchange(asyncio.open_connection(host, port), "GET", path)
     except OSError:
         return False
-    try:
-        # Envoy's listeners take no HTTP/1.0.
-        head = f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
-        writer.write(head.encode())
-        return b" 200 " in await reader.readline()
-    except OSError:
-        return False
-    finally:
-        writer.close()
+    return status == HTTPStatus.OK
 
 
-async def accepts(path: Path) -> bool:
+async def accepts(path: str) -> bool:
     """Whether somebody listens on a unix socket."""
     try:
         _, writer = await asyncio.open_unix_connection(path)
@@ -90,3 +91,24 @@ async def accepts(path: Path) -> bool:
         return False
     writer.close()
     return True
+
+
+async def _exchange(opening: Awaitable[_Streams], method: str, path: str) -> tuple[int, str]:
+    """
+    Status and whole text of an answer, headers and framing included.
+
+    Raises OSError where there is none in time.
+    """
+    async with asyncio.timeout(_TIMEOUT_SECONDS):
+        reader, writer = await opening
+        try:
+            # Envoy takes no HTTP/1.0.
+            head = f"{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+            writer.write(head.encode())
+            text = (await reader.read()).decode(errors="replace")
+        finally:
+            writer.close()
+    status = re.match(r"HTTP/1\.1 (\d{3}) ", text)
+    if status is None:
+        raise OSError(f"no HTTP answer to {path}")
+    return int(status[1]), text

@@ -1,8 +1,10 @@
 """Envoy's files as `up` runs them: the operator's, with the addresses of config.yaml in them."""
 
+import copy
+import ipaddress
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,17 @@ from parallama.errors import ParallamaError
 
 _HERE = Path(parallama.__file__).parent
 _HCM = "envoy.filters.network.http_connection_manager"
+_TYPES = "type.googleapis.com/envoy"
+_CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 
-_TLS_TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext"
+WHOLE = "whole.yaml"
+"""All that Envoy is given, in one file: `--mode validate` does not follow envoy.yaml to others."""
+
+STARTING = ("lua", "envoy.yaml", "listeners.yaml", "clusters.yaml", "routes.yaml")
+"""What a starting Envoy reads."""
+
+RELOADING = ("lua", "clusters.yaml", "routes.yaml")
+"""What a running Envoy reads again, without an effect on requests that run."""
 
 Upstream = tuple[str, str, int]
 """Scheme, host and port."""
@@ -27,49 +38,146 @@ def packaged() -> Path:
     return inside if inside.is_dir() else _HERE.parent / "envoy"
 
 
-def render(config: Config, upstream: Upstream, into: Path) -> None:
+def write(config: Config, upstream: Upstream, into: Path) -> None:
     """
-    Write Envoy's files to `into`, each by renaming it into place, so that a running Envoy reloads.
+    Write all files to `into`, which Envoy does not read: see `place`.
 
-    The addresses in envoy.yaml and clusters.yaml are replaced; all else stays as the operator
-    wrote it.
+    The addresses in envoy.yaml and clusters.yaml are replaced, and the listeners get a file of
+    their own (see `_move_listeners`); all else stays as the operator wrote it.
     """
     source = config.envoy.dir or packaged()
-    (into / "lua").mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(into, ignore_errors=True)
+    (into / "lua").mkdir(parents=True, mode=0o700)
     for script in sorted((source / "lua").glob("*.lua")):
-        shutil.copyfile(script, into / "lua" / script.name)
-    _place(into / "envoy.yaml", _edited(source / "envoy.yaml", lambda at: _listen(at, config)))
-    clusters = _edited(source / "clusters.yaml", lambda at: _send_to(at, upstream))
-    _place(into / "clusters.yaml", clusters)
-    _place(into / "routes.yaml", _read(source / "routes.yaml"))
+        (into / "lua" / script.name).write_text(_text(script), encoding="utf-8")
 
-
-def _edited(path: Path, edit: Callable[[Any], None]) -> str:
+    bootstrap, clusters, routes = (
+        _read(source / name) for name in ("envoy.yaml", "clusters.yaml", "routes.yaml")
+    )
+    (into / "routes.yaml").write_text(_text(source / "routes.yaml"), encoding="utf-8")
     try:
-        tree = yaml.safe_load(_read(path))
-        edit(tree)
+        _listen(bootstrap, config)
+        _send_to(clusters, upstream)
+        whole = _whole(bootstrap, clusters, routes)
+        listeners = _move_listeners(bootstrap)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ParallamaError(
+            f"the files in {source} lack what Parallama fills in or needs ({error}):"
+            f" compare them with {packaged()}"
+        ) from error
+    written = {
+        "envoy.yaml": bootstrap,
+        "listeners.yaml": listeners,
+        "clusters.yaml": clusters,
+        WHOLE: whole,
+    }
+    for name, tree in written.items():
+        (into / name).write_text(yaml.safe_dump(tree, sort_keys=False, width=200), encoding="utf-8")
+
+
+def place(names: Iterable[str], written: Path, into: Path) -> None:
+    """Move what `write` wrote to where Envoy reads it, file by file: it reloads what is renamed."""
+    (into / "lua").mkdir(mode=0o700, parents=True, exist_ok=True)
+    for name in names:
+        for file in sorted((written / name).iterdir()) if name == "lua" else [written / name]:
+            os.replace(file, into / file.relative_to(written))
+
+
+def waiting(written: Path, placed: Path) -> bool:
+    """Whether `write` made something that a running Envoy does not take up."""
+    kept = set(STARTING) - set(RELOADING)
+    return any((written / name).read_bytes() != (placed / name).read_bytes() for name in kept)
+
+
+def close_listeners(folder: Path) -> None:
+    """Make a running Envoy close every connection; what it logs about them is still sent."""
+    fresh = folder / "listeners.new"
+    fresh.write_text("resources: []\n", encoding="utf-8")
+    os.replace(fresh, folder / "listeners.yaml")
+
+
+def _read(path: Path) -> Any:
+    try:
+        return yaml.safe_load(_text(path))
     except yaml.YAMLError as error:
         raise ParallamaError(f"{path} is not YAML: {error}") from error
-    except (KeyError, IndexError, TypeError, StopIteration) as error:
-        raise ParallamaError(
-            f"{path} has no listener 'gateway' or no cluster 'upstream' as Parallama knows them:"
-            f" compare it with {packaged()}"
-        ) from error
-    return yaml.safe_dump(tree, sort_keys=False, width=200)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ParallamaError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ParallamaError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def _gateway(bootstrap: Any) -> tuple[Any, Any]:
+    """The listener of that name, and its HTTP connection manager."""
+    listener = _named("gateway", bootstrap["static_resources"]["listeners"])
+    return listener, _named(_HCM, listener["filter_chains"][0]["filters"])["typed_config"]
+
+
+def _named(name: str, things: Any) -> Any:
+    found = [thing for thing in things if thing["name"] == name]
+    if not found:
+        raise LookupError(f"nothing is named {name}")
+    return found[0]
 
 
 def _listen(bootstrap: Any, config: Config) -> None:
-    listener = next(
-        at for at in bootstrap["static_resources"]["listeners"] if at["name"] == "gateway"
-    )
+    listener, manager = _gateway(bootstrap)
     listener["address"] = _socket(config.server.host, config.server.port)
-    manager = next(at for at in listener["filter_chains"][0]["filters"] if at["name"] == _HCM)
-    manager["typed_config"]["xff_num_trusted_hops"] = config.server.trusted_hops
+    manager["xff_num_trusted_hops"] = config.server.trusted_hops
+
+
+def _move_listeners(bootstrap: Any) -> Any:
+    """
+    Take the listeners out of `bootstrap` into a file that Envoy watches.
+
+    Only a listener that is removed closes its connections while Envoy lives on, and only so do the
+    usage rows of streams that a stop has to cut reach the sink. One that accepts nothing stays
+    behind: it keeps the access log, with what waits there, from going with the last of them.
+    """
+    _, manager = _gateway(bootstrap)
+    nothing = _typed("extensions.filters.network.direct_response.v3.Config")
+    keeper = {
+        "name": "keeps-the-access-log",
+        "bind_to_port": False,
+        "address": _socket("127.0.0.1", 1),
+        "access_log": copy.deepcopy(manager.get("access_log", [])),
+        "filter_chains": [{"filters": [nothing]}],
+    }
+    listeners = bootstrap["static_resources"]["listeners"]
+    bootstrap["static_resources"]["listeners"] = [keeper]
+    watched = {"path": "envoy/listeners.yaml", "watched_directory": {"path": "envoy"}}
+    bootstrap.setdefault("dynamic_resources", {})["lds_config"] = {"path_config_source": watched}
+    kind = {"@type": f"{_TYPES}.config.listener.v3.Listener"}
+    return {"resources": [kind | listener for listener in listeners]}
+
+
+def _whole(bootstrap: Any, clusters: Any, routes: Any) -> Any:
+    """One file that holds what the others say, and in which Envoy checks names between them."""
+    whole = copy.deepcopy(bootstrap)
+    whole.pop("dynamic_resources", None)
+    whole["static_resources"]["clusters"] += _untyped(clusters)
+    _, manager = _gateway(whole)
+    if (rds := manager.pop("rds", None)) is not None:
+        manager["route_config"] = _named(rds["route_config_name"], _untyped(routes))
+        manager["route_config"]["validate_clusters"] = True
+    return whole
+
+
+def _untyped(resources: Any) -> list[Any]:
+    return [
+        {name: value for name, value in resource.items() if name != "@type"}
+        for resource in resources["resources"]
+    ]
 
 
 def _send_to(clusters: Any, upstream: Upstream) -> None:
     scheme, host, port = upstream
-    cluster = next(at for at in clusters["resources"] if at["name"] == "upstream")
+    cluster = _named("upstream", clusters["resources"])
     endpoint = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
     endpoint["address"] = _socket(host, port)
     if scheme == "https":
@@ -81,29 +189,25 @@ def _socket(host: str, port: int) -> dict[str, Any]:
 
 
 def _tls(host: str) -> dict[str, Any]:
-    """A verified TLS connection to `host`."""
-    trust = {"trusted_ca": {"filename": "/etc/ssl/certs/ca-certificates.crt"}}
-    names = [{"san_type": "DNS", "matcher": {"exact": host}}]
-    return {
-        "name": "tls",
-        "typed_config": {
-            "@type": _TLS_TYPE,
-            "sni": host,
-            "common_tls_context": {
-                "validation_context": trust | {"match_typed_subject_alt_names": names}
-            },
-        },
-    }
+    """A verified TLS connection to `host`. SSL_CERT_FILE means what it means to OpenSSL."""
+    trusted = {"filename": os.environ.get("SSL_CERT_FILE", _CA_BUNDLE)}
+    kind = "IP_ADDRESS" if _is_address(host) else "DNS"
+    expected = [{"san_type": kind, "matcher": {"exact": host}}]
+    validation = {"trusted_ca": trusted, "match_typed_subject_alt_names": expected}
+    return _typed(
+        "extensions.transport_sockets.tls.v3.UpstreamTlsContext",
+        common_tls_context={"validation_context": validation},
+        **({} if _is_address(host) else {"sni": host}),
+    )
 
 
-def _read(path: Path) -> str:
+def _is_address(host: str) -> bool:
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ParallamaError(f"cannot read {path}: {error.strerror}") from error
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
-def _place(path: Path, text: str) -> None:
-    fresh = path.with_suffix(".new")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
+def _typed(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"name": kind, "typed_config": {"@type": f"{_TYPES}.{kind}", **fields}}

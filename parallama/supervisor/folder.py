@@ -22,23 +22,31 @@ def claim(state_dir: Path, *, wait_seconds: float) -> Iterator[int]:
     Children inherit it, so those of a supervisor that was killed hold the lock until they have
     ended, and it is waited for; a supervisor that lives is a Conflict at once.
     """
-    try:
+    with writing(state_dir):
         for folder in (state_dir, state_dir / "run"):
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(0o700)
         lock = os.open(state_dir / "up.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        _lock(lock, state_dir, wait_seconds)
+        with writing(state_dir):
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        yield lock
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def writing(state_dir: Path) -> Iterator[None]:
+    """Say what to do where files cannot be written."""
+    try:
+        yield
     except OSError as error:
         raise ParallamaError(
             f"cannot write in state_dir {state_dir} ({error.strerror}): make it writable,"
             " free some space, or set state_dir to another folder"
         ) from error
-    try:
-        _lock(lock, state_dir, wait_seconds)
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
-        yield lock
-    finally:
-        os.close(lock)
 
 
 def _lock(lock: int, state_dir: Path, wait_seconds: float) -> None:
@@ -49,7 +57,8 @@ def _lock(lock: int, state_dir: Path, wait_seconds: float) -> None:
             return
         except BlockingIOError:
             holder = os.pread(lock, 32, 0).decode(errors="replace").strip()
-            if Path(f"/proc/{holder}").exists() or time.monotonic() > deadline:
+            lives = holder.isdecimal() and Path(f"/proc/{holder}").exists()
+            if lives or time.monotonic() > deadline:
                 raise Conflict(
                     f"another `parallama up` (process {holder}) runs on {state_dir}: stop it first"
                 ) from None

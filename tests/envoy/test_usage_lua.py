@@ -194,7 +194,7 @@ def test_a_lie_is_not_a_number(lie: str) -> None:
     both = f'data: {{"choices":[],"usage":{{"prompt_tokens":{lie},"completion_tokens":{lie}}}}}\n\n'
     assert counts(sse(HI, both.encode())) == (None, 1, 1, "counted")
     one = f'data: {{"choices":[],"usage":{{"prompt_tokens":4,"completion_tokens":{lie}}}}}\n\n'
-    assert counts(sse(HI, one.encode())) == (4, 1, 5, "reported")
+    assert counts(sse(HI, one.encode())) == (4, 1, 5, "counted")
     usage = f'{{"prompt_tokens":4,"completion_tokens":1,"total_tokens":{lie}}}'
     total = f'data: {{"choices":[],"usage":{usage}}}\n\n'
     assert counts(sse(HI, total.encode())) == (4, 1, 5, "reported")
