@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import chdir, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -209,9 +209,9 @@ class Gateway:
                 await limits.set_limits(
                     engine, whose, gateway=gateway, model=model, amounts=amounts, now=now
                 )
-            os.chdir(self.config.state_dir)  # sockets are named by their shortest path
-            async with connect_redis(self.config) as redis:
-                await publish(redis, Change("everything"))
+            with chdir(self.config.state_dir):  # sockets are named by their shortest path
+                async with connect_redis(self.config) as redis:
+                    await publish(redis, Change("everything"))
 
         asyncio.run(change())
 
@@ -342,12 +342,10 @@ def running(
             stderr=subprocess.STDOUT,
         )
     gateway = Gateway(folder, upstream, process)
-    here = Path.cwd()
     try:
         until(lambda: _serves(gateway), 60)
         yield gateway
     finally:
-        os.chdir(here)
         gateway.http.close()
         left = _stop(gateway)
     assert process.returncode == 0, gateway.log()[-3000:]

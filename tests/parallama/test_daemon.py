@@ -95,8 +95,10 @@ async def gone(listen: Path) -> None:
     while True:
         try:
             _, writer = await asyncio.open_unix_connection(listen)
-        except OSError:
+        except (FileNotFoundError, ConnectionRefusedError):
             return
+        except BlockingIOError:  # its backlog is full: it listens
+            continue
         writer.close()
 
 
