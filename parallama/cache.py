@@ -1,5 +1,6 @@
 """A bounded memory of what a store said, that never outlives a change signal."""
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
@@ -10,7 +11,7 @@ V = TypeVar("V")
 
 class Cache(Generic[K, V]):
     """
-    Remembers the `size` values used last.
+    Remembers the `size` values used last. Who asks for what is being loaded shares that load.
 
     What was being loaded while something was forgotten is used once and not remembered: it may
     have been read before the change. While `paused`, nothing is remembered at all.
@@ -19,6 +20,7 @@ class Cache(Generic[K, V]):
     def __init__(self, *, size: int) -> None:
         self._size = size
         self._known: OrderedDict[K, V] = OrderedDict()
+        self._loading: dict[tuple[int, K], asyncio.Future[V | None]] = {}
         self._generation = 0
         self._paused = False
 
@@ -34,8 +36,23 @@ class Cache(Generic[K, V]):
         known = self.peek(key)
         if known is not None:
             return known
-        generation = self._generation
-        value = await load()
+        # Not a load from before a change: what that reads may be old.
+        which = (self._generation, key)
+        loading = self._loading.get(which)
+        if loading is None:
+            loading = asyncio.ensure_future(self._load(which, load))
+            self._loading[which] = loading
+        # One who leaves must not take the others' answer along.
+        return await asyncio.shield(loading)
+
+    async def _load(
+        self, which: tuple[int, K], load: Callable[[], Awaitable[V | None]]
+    ) -> V | None:
+        generation, key = which
+        try:
+            value = await load()
+        finally:
+            del self._loading[which]
         if value is not None and generation == self._generation and not self._paused:
             self._known[key] = value
             if len(self._known) > self._size:

@@ -128,3 +128,63 @@ def test_a_load_that_fails_is_not_remembered() -> None:
         assert await cache.get("a", says("1")) == "1"
 
     asyncio.run(story())
+
+
+def test_who_asks_at_once_shares_a_load() -> None:
+    async def story() -> None:
+        cache: Cache[str, str] = Cache(size=2)
+        gate = asyncio.Event()
+        loads = []
+
+        async def slow() -> str:
+            loads.append(1)
+            await gate.wait()
+            return "1"
+
+        asking = [asyncio.create_task(cache.get("a", slow)) for _ in range(50)]
+        await asyncio.sleep(0)
+        asking[0].cancel()
+        await asyncio.sleep(0)
+        gate.set()
+        answers = await asyncio.gather(*asking, return_exceptions=True)
+        assert isinstance(answers[0], asyncio.CancelledError)
+        assert answers[1:] == ["1"] * 49
+        assert loads == [1]
+
+    asyncio.run(story())
+
+
+def test_who_asks_after_a_change_does_not_share_a_load_from_before() -> None:
+    async def story() -> None:
+        cache: Cache[str, str] = Cache(size=2)
+        gate = asyncio.Event()
+
+        async def old() -> str:
+            await gate.wait()
+            return "old"
+
+        before = asyncio.create_task(cache.get("a", old))
+        await asyncio.sleep(0)
+        cache.forget_all()
+        assert await cache.get("a", says("new")) == "new"
+        gate.set()
+        assert await before == "old"
+        assert cache.peek("a") == "new"
+
+    asyncio.run(story())
+
+
+def test_a_load_that_fails_fails_for_all_and_is_tried_again() -> None:
+    async def story() -> None:
+        cache: Cache[str, str] = Cache(size=2)
+
+        async def fails() -> str:
+            await asyncio.sleep(0)
+            raise OSError("away")
+
+        asking = [asyncio.create_task(cache.get("a", fails)) for _ in range(3)]
+        answers = await asyncio.gather(*asking, return_exceptions=True)
+        assert [type(answer) for answer in answers] == [OSError] * 3
+        assert await cache.get("a", says("1")) == "1"
+
+    asyncio.run(story())

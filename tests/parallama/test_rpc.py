@@ -452,18 +452,6 @@ def test_stop_cuts_what_does_not_end_and_lets_it_clean_up(run: Run) -> None:
     run(story())
 
 
-def test_health_is_serving_until_stop(run: Run) -> None:
-    async def story() -> None:
-        async with serving() as client:
-            assert await client.health() == health_pb2.HealthCheckResponse.SERVING
-            await client.server.stop(0)
-            assert client.server._health(b"") == (
-                health_pb2.HealthCheckResponse(status="NOT_SERVING").SerializeToString()
-            )
-
-    run(story())
-
-
 def test_a_socket_that_is_left_over_is_replaced_and_is_for_this_user(
     run: Run, tmp_path: Path
 ) -> None:
