@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from parallama.errors import ParallamaError
 from parallama.usage import UsageRecord
@@ -34,6 +34,7 @@ class Writer:
         self._flush_seconds = flush_seconds
         self._queue: asyncio.Queue[UsageRecord] = asyncio.Queue(queue_rows)
         self._in_hand = 0
+        self._hurry = asyncio.Event()
 
     async def put(self, record: UsageRecord) -> None:
         await self._queue.put(record)
@@ -43,7 +44,7 @@ class Writer:
         while True:
             batch = [await self._queue.get()]
             if self._queue.qsize() < self._batch_rows:
-                await asyncio.sleep(self._flush_seconds)
+                await self._linger()
             while len(batch) < self._batch_rows and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
             self._in_hand = len(batch)
@@ -53,13 +54,19 @@ class Writer:
                 self._queue.task_done()
 
     async def drain(self) -> None:
-        """Return when all that was put is stored."""
+        """Return when all that was put is stored. From now on no row waits for others."""
+        self._hurry.set()
         await self._queue.join()
 
     @property
     def waiting(self) -> int:
         """Rows that are not stored yet."""
         return self._queue.qsize() + self._in_hand
+
+    async def _linger(self) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._flush_seconds):
+                await self._hurry.wait()
 
     async def _store(self, batch: Sequence[UsageRecord]) -> None:
         pause = _FIRST_RETRY_SECONDS

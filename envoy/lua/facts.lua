@@ -11,6 +11,7 @@ local byte, find, sub = string.byte, string.find, string.sub
 local NS, AUTHZ = "parallama", "envoy.filters.http.ext_authz"
 local LONGEST_NAME = 256
 local MOST_TOKENS = 1e9
+local WORTH_ASKING = 65536 -- no limit is set below this
 local MOST_MEMBERS = 10000 -- looking at a million keys would stop a worker for half a second
 
 -- Only these exact spellings, and each of them once.
@@ -228,9 +229,8 @@ local function read(handle, authz)
     })
   end
   -- Waiting for more than Envoy may hold could wait for ever: where identity took long, reading has stopped by now.
-  local most = handle:filterContext():get("max_body_bytes")
-  local announced = headers:get("content-length")
-  if most and announced and (tonumber(announced) or 0) > most then
+  local announced = tonumber(headers:get("content-length") or nil)
+  if announced and announced > WORTH_ASKING and announced > (handle:filterContext():get("max_body_bytes") or announced) then
     return respond(handle, authz, { status = "413", code = "request_too_large", message = "the request body is too large" })
   end
   -- What was read as UTF-8 JSON is sent on as that: another type or charset could make it mean something else.

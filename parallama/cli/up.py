@@ -22,7 +22,7 @@ def up(config: ConfigPath = None) -> None:
     asyncio.run(_check_database(loaded))
     sys.stdout.flush()
     # The supervisor lives for months: it need not carry what commands load.
-    supervisor = [sys.executable, "-m", "parallama.supervisor", str(loaded.source)]
+    supervisor = [sys.executable, "-P", "-m", "parallama.supervisor", str(loaded.source)]
     os.execv(sys.executable, supervisor)  # noqa: S606
 
 

@@ -26,13 +26,14 @@ async def drain(admin: str, folder: Path, *, seconds: float, hurry: asyncio.Even
     """
     await _ask(admin, "POST", "/healthcheck/fail")  # answers now say: connection: close
     await _ask(admin, "POST", "/drain_listeners")
-    ended = await _wait_quiet(admin, seconds, hurry)
-    if not ended:
+    cut = 0
+    if not await _wait_quiet(admin, seconds, hurry):
+        cut, _ = await _requests(admin)
         envoy_files.close_listeners(folder)
         async with asyncio.timeout(_TIMEOUT_SECONDS):
             await _quiet(admin)
     await _ask(admin, "POST", "/quitquitquit")
-    return ended
+    return cut == 0
 
 
 async def _wait_quiet(admin: str, seconds: float, hurry: asyncio.Event) -> bool:

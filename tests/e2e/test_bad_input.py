@@ -116,6 +116,9 @@ def test_a_body_of_33_mb_is_too_large(
         yield b'"]}'
 
     someone = gateway.someone(tokens=100_000_000)
+    # The key is known: while it is being checked, Envoy stops reading a body without a length.
+    assert someone.ask("GET", "/v1/models").status_code == 200
+    upstream.reset()
     content = b"".join(pieces()) if length else pieces()
     answer = someone.ask("POST", path, content=content)
     assert "too large" in check_refusal(answer, 413)

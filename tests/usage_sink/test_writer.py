@@ -224,3 +224,14 @@ def test_what_nobody_planned_costs_its_batch_at_most(caplog: pytest.LogCaptureFi
 
     told(story)
     assert any(at.levelno >= logging.ERROR for at in caplog.records)
+
+
+def test_leaving_does_not_wait_for_company() -> None:
+    ledger = Ledger()
+
+    async def story() -> None:
+        async with writing(a_writer(ledger, flush_seconds=60), deadline=5) as writer:
+            await writer.put(a_record("r1"))
+
+    told(story)
+    assert ledger.rows == ["r1"]
