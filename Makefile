@@ -1,6 +1,6 @@
 # Everything a developer or a first-time user needs. `make help` lists it.
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lint format bench lock clean
+.PHONY: help setup run test check lint format faults bench bench-sink bench-decisions lock clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ STATE ?= .parallama
 STAMP := $(VENV)/.installed
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
 
 setup: $(STAMP) ## make .venv with everything in it (again only where something changed)
 
@@ -43,6 +43,15 @@ format: setup ## format the code
 
 bench: setup ## bare Envoy against Parallama: CPU, latency, memory
 	$(BIN)/python -m bench
+
+bench-sink: setup ## rows a second into PostgreSQL and SQLite, and what a row costs
+	$(BIN)/python -m bench.sink
+
+bench-decisions: setup ## decisions of ratelimit by the number of users
+	$(BIN)/python -m bench.decisions
+
+faults: setup ## kill everything under load, one after the other, and compare the books
+	$(BIN)/python -m tests.faults
 
 lock: setup ## pin the dependencies anew
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra model -o requirements.txt pyproject.toml

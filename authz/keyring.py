@@ -48,7 +48,7 @@ class Keyring:
                 self._cache.forget(lambda _, record: record.id == change.id)
             case "user":
                 self._cache.forget(lambda _, record: record.user_id == change.id)
-            case "limits":
+            case "limits" | "prices":
                 pass
             case "everything":
                 self._cache.forget_all()

@@ -2,19 +2,23 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
+
+from parallama.nodes import explain, until_astray
 
 log = logging.getLogger(__name__)
 
 CHANNEL = "parallama:changes"
 
-Kind = Literal["key", "user", "limits", "everything"]
+Kind = Literal["key", "user", "limits", "prices", "everything"]
 
 # A change must be known everywhere within a second, so a silent connection may not be trusted for
 # longer than this. A ping is answered at once by a server that lives.
@@ -32,7 +36,11 @@ class Change:
 
 async def publish(redis: Redis, change: Change) -> None:
     """Tell every service. Call it after the change is committed. Raises RedisError or OSError."""
-    await redis.publish(CHANNEL, f"{change.kind} {change.id}")
+    message = f"{change.kind} {change.id}"
+    try:
+        await redis.publish(CHANNEL, message)
+    except RedisConnectionError:  # perhaps of a server that is gone; to hear it twice does no harm
+        await redis.publish(CHANNEL, message)
 
 
 def parse(message: bytes) -> Change:
@@ -63,17 +71,31 @@ async def watch(
         try:
             async with redis.pubsub() as channel:
                 await channel.subscribe(CHANNEL)
-                while await _next(channel, on_change):
-                    if lost:
-                        on_found()
-                        lost = False
-                        log.info("change signal found")
+                async with _lookout(redis, channel) as astray:
+                    while await _next(channel, on_change):
+                        if astray.done():
+                            raise RedisConnectionError("another server took over")
+                        if lost:
+                            on_found()
+                            lost = False
+                            log.info("change signal found")
         except (RedisError, OSError) as error:
             if not lost:
                 on_lost()
                 lost = True
-                log.warning("change signal lost", extra={"cause": str(error)})
+                log.warning("change signal lost", extra={"cause": explain(error)})
         await asyncio.sleep(_PING_SECONDS)
+
+
+@asynccontextmanager
+async def _lookout(redis: Redis, channel: PubSub) -> AsyncIterator["asyncio.Task[None]"]:
+    """A task that ends when those who publish have gone to another server."""
+    task = asyncio.create_task(until_astray(redis, channel.connection), name="lookout")
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def _next(channel: PubSub, on_change: Callable[[Change], None]) -> bool:

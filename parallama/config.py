@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
+from zoneinfo import ZoneInfo
 
 from pydantic import (
     AfterValidator,
@@ -30,7 +31,19 @@ from parallama.sections import (
     subsections,
     written,
 )
-from parallama.values import Address, Bytes, FilePath, Host, Secret, Upstream, lower, upper
+from parallama.values import (
+    Address,
+    Bytes,
+    ExistingFile,
+    FilePath,
+    Host,
+    HostPort,
+    Secret,
+    TimeZone,
+    Upstream,
+    lower,
+    upper,
+)
 from parallama.yamlfile import Place
 
 PREFIX = "PARALLAMA_"
@@ -40,7 +53,9 @@ CONFIG_VARIABLE = "PARALLAMA_CONFIG"
 _LARGEST_FILE = 1 << 20
 
 Gateway = Literal["ollama", "openai"]
+Away = Literal["deny", "allow", "local"]
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+SslMode = Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"]
 EnvoyLevel = Literal["trace", "debug", "info", "warning", "error", "critical", "off"]
 
 
@@ -76,8 +91,7 @@ class Database(Section):
     host: Host | None = Field(
         default=None,
         examples=["127.0.0.1"],
-        description="PostgreSQL's host; needs `name` and `user`. This version loads it, but serves "
-        "SQLite only.",
+        description="PostgreSQL's host; needs `name` and `user`.",
     )
     port: int = Field(default=5432, ge=1, le=65535, description="PostgreSQL's port.")
     name: str | None = Field(
@@ -93,11 +107,24 @@ class Database(Section):
         default=5,
         ge=1,
         le=1000,
-        description="Connections of each process to PostgreSQL.",
-        json_schema_extra=LATER,
+        description="Most connections of each process to PostgreSQL.",
+    )
+    ssl_mode: SslMode = Field(
+        default="prefer",
+        description="TLS to PostgreSQL, in libpq's words: `disable`, `allow`, `prefer`, `require`, "
+        "`verify-ca` or `verify-full`. Only the last one makes sure who answers.",
+    )
+    ssl_root_cert_file: ExistingFile | None = Field(
+        default=None,
+        examples=["/etc/parallama/postgresql-ca.pem"],
+        description="File with the certificates of the authorities that may have signed "
+        "PostgreSQL's.",
     )
     timeout_seconds: float = Field(
-        default=5, gt=0, description="How long to wait for a connection or a lock."
+        default=5,
+        gt=0,
+        description="How long to wait for a connection, for a lock, and for PostgreSQL's answer to "
+        "a service.",
     )
 
     @property
@@ -120,9 +147,57 @@ class Redis(Section):
         "on a unix socket in `state_dir`.",
     )
     port: int = Field(default=6379, ge=1, le=65535, description="Its port. Needs `host`.")
-    db: int = Field(default=0, ge=0, description="Number of the database in it.")
+    mode: Literal["standalone", "sentinel", "cluster"] = Field(
+        default="standalone",
+        description="`standalone`: one server, at `host`. `sentinel`: the master that the "
+        "sentinels in `nodes` name. `cluster`: a Redis Cluster that `nodes` belong to.",
+    )
+    nodes: Annotated[
+        tuple[HostPort, ...],
+        Strict(False),
+        Field(examples=[["10.0.0.1:26379", "10.0.0.2:26379"]]),
+    ] = Field(
+        default=(),
+        description="`host:port` of the sentinels, or of some nodes of the cluster: the others are "
+        "learnt from them.",
+    )
+    sentinel_master: str | None = Field(
+        default=None,
+        min_length=1,
+        examples=["mymaster"],
+        description="Name of the master that the sentinels watch.",
+    )
+    sentinel_password_file: Secret | None = Field(
+        default=None, description="File with the password of the sentinels themselves."
+    )
+    db: int = Field(default=0, ge=0, description="Number of the database in it; 0 in a cluster.")
+    username: str | None = Field(
+        default=None,
+        min_length=1,
+        examples=["parallama"],
+        description="User of its access list (ACL). Needs `password_file`.",
+    )
     password_file: Secret | None = Field(
         default=None, description="File with its password. The embedded Valkey uses it too."
+    )
+    tls: bool = Field(
+        default=False, description="Speak TLS with it, and with the sentinels. Not when embedded."
+    )
+    tls_ca_file: ExistingFile | None = Field(
+        default=None,
+        description="File with certificates of authorities (PEM) that are trusted beside those of "
+        "the system.",
+    )
+    tls_cert_file: ExistingFile | None = Field(
+        default=None, description="File with our own certificate (PEM), where it asks for one."
+    )
+    tls_key_file: Secret | None = Field(
+        default=None, description="File with the key of that certificate (PEM)."
+    )
+    tls_verify: Literal["full", "ca", "none"] = Field(
+        default="full",
+        description="`full`: its certificate must be trusted and name the host. `ca`: the name is "
+        "not looked at, for nodes known by address only. `none`: whoever answers is believed.",
     )
     timeout_seconds: float = Field(
         default=1.0,
@@ -132,7 +207,17 @@ class Redis(Section):
 
     @property
     def embedded(self) -> bool:
-        return self.host is None
+        return self.host is None and not self.nodes
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """`nodes`, each as host (IPv6 without brackets) and port."""
+        split = (node.rpartition(":") for node in self.nodes)
+        return [(host.strip("[]"), int(port)) for host, _, port in split]
+
+    @property
+    def sentinel_password(self) -> SecretStr | None:
+        return self.sentinel_password_file.secret if self.sentinel_password_file else None
 
     @property
     def password(self) -> SecretStr | None:
@@ -270,6 +355,12 @@ class ApiGateways(Section):
 class RateLimiting(Section):
     """How limits are kept. Which limits there are is in the database: `parallama limits`."""
 
+    time_zone: TimeZone = Field(
+        default="UTC",
+        examples=["Europe/Berlin"],
+        description="Where hours, days and months begin, by its IANA name; daylight saving "
+        "included.",
+    )
     bytes_per_token: float = Field(
         default=4.0,
         gt=0,
@@ -284,17 +375,36 @@ class RateLimiting(Section):
     reservation_seconds: int = Field(
         default=900,
         ge=1,
-        description="When a reservation that nobody settled expires. Set it longer than your "
-        "longest answer takes.",
+        description="When a reservation that nobody settled expires, and its request becomes a row "
+        "marked `unknown`. Set it longer than your longest answer takes.",
     )
-    when_redis_is_away: Literal["deny", "allow"] = Field(
+    enforcement: Literal["soft", "hard"] = Field(
+        default="soft",
+        description="`soft`: a request may cross a token limit that has room for no other. `hard`: "
+        "answers are cut at what the limit has left (`max_tokens` is set in the request).",
+    )
+    when_redis_is_away: Away = Field(
         default="deny",
-        description="`deny` refuses limited requests until Redis answers again, `allow` lets them "
-        "pass unlimited.",
+        description="`deny` refuses requests until Redis answers again, `allow` lets them pass "
+        "unlimited, `local` gives out what was left when Redis was last seen.",
+    )
+    when_redis_is_away_by_gateway: Annotated[
+        dict[Gateway, Away], Field(examples=[{"ollama": "local"}])
+    ] = Field(default={}, description="The same for one gateway.")
+    processes: int = Field(
+        default=1,
+        ge=1,
+        le=1000,
+        description="How many `ratelimit` processes share these limits: with `local` each gives "
+        "out its part.",
     )
     cache_size: int = Field(
         default=10_000, ge=1, description="How many users' limits a process remembers."
     )
+
+    @property
+    def zone(self) -> ZoneInfo:
+        return ZoneInfo(self.time_zone)
 
 
 class Usage(Section):
@@ -303,6 +413,29 @@ class Usage(Section):
     batch_rows: int = Field(default=500, ge=1, le=10_000, description="Most rows per insert.")
     flush_seconds: float = Field(
         default=0.2, gt=0, le=60, description="Longest wait of a row for others to join its insert."
+    )
+    trail_file_size: Bytes = Field(
+        default="64M",
+        validate_default=True,
+        ge=1024,
+        description="Size at which Envoy begins a new file of the trail, in which each finished "
+        "request is a line until its row is stored: bytes, or with K, M or G.",
+    )
+    trail_max_size: Bytes = Field(
+        default="4G",
+        validate_default=True,
+        ge=4096,
+        description="Most that all files of the trail may take: the rows that wait while the "
+        "database is away, about a million in a gigabyte. Beyond it no lines are written; the log "
+        "and `parallama status` say so.",
+    )
+    retention_days: int | None = Field(
+        default=None,
+        ge=1,
+        le=36_500,
+        examples=[400],
+        description="Rows older than this are removed; `usage_sink` looks once a day. Not set: "
+        "they stay until `parallama usage prune`.",
     )
 
 
@@ -538,29 +671,56 @@ def _filled(data: Mapping[str, Any], model: type[Section]) -> dict[str, Any]:
 
 def _contradictions(data: Mapping[str, Any], origins: Origins) -> Iterator[_Mistake]:
     """What is wrong between settings. Asked of plain data: it is told beside other mistakes."""
-    database = data.get("database")
-    if not isinstance(database, dict):
-        return
-    given = {name for name, value in database.items() if value is not None}
-    if {"path", "host"} <= given:
-        yield _about_database(
-            "path", "is SQLite's and database.host is PostgreSQL's: remove one of the two", origins
-        )
+    for name, wrong in (("database", _wrong_in_database), ("redis", _wrong_in_redis)):
+        section = data.get(name)
+        if not isinstance(section, dict):
+            continue
+        given = {setting: value for setting, value in section.items() if value is not None}
+        for setting, text in wrong(given):
+            place = (name, setting)
+            yield _Mistake(place, _origin(place, origins), text)
+
+
+def _wrong_in_database(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if {"path", "host"} <= given.keys():
+        yield "path", "is SQLite's and database.host is PostgreSQL's: remove one of the two"
     for name in ("name", "user"):
         if "host" in given and name not in given:
-            yield _about_database(
-                name, "is missing: PostgreSQL (database.host) needs it, such as parallama", origins
-            )
-    for name in ("name", "user", "password_file"):
+            yield name, "is missing: PostgreSQL (database.host) needs it, such as parallama"
+    for name in ("name", "user", "password_file", "ssl_mode", "ssl_root_cert_file"):
         if "host" not in given and name in given:
-            yield _about_database(
-                name, "belongs to PostgreSQL: set database.host too, or remove it", origins
-            )
+            yield name, "belongs to PostgreSQL: set database.host too, or remove it"
 
 
-def _about_database(name: str, text: str, origins: Origins) -> _Mistake:
-    place = ("database", name)
-    return _Mistake(place, _origin(place, origins), text)
+def _wrong_in_redis(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    match given.get("mode", "standalone"):
+        case "standalone":
+            if given.get("nodes"):
+                yield "nodes", "belongs to redis.mode sentinel or cluster: set it, or use host"
+        case "sentinel" | "cluster" as mode:
+            if not given.get("nodes"):
+                such = "[10.0.0.1:26379]" if mode == "sentinel" else "[10.0.0.1:6379]"
+                yield "nodes", f"is missing: redis.mode {mode} needs it, such as {such}"
+            for name in given.keys() & {"host", "port"}:
+                yield name, f"is not used with redis.mode {mode}: write host:port into redis.nodes"
+    if given.get("mode") == "sentinel" and "sentinel_master" not in given:
+        yield "sentinel_master", "is missing: the sentinels need it, such as mymaster"
+    if given.get("mode") != "sentinel":
+        for name in given.keys() & {"sentinel_master", "sentinel_password_file"}:
+            yield name, "belongs to redis.mode sentinel: set it, or remove this"
+    if given.get("mode") == "cluster" and given.get("db"):
+        yield "db", "must be 0: a cluster has one database only"
+    if given.get("mode", "standalone") == "standalone" and "host" not in given:
+        for name in ("username", "tls"):
+            if given.get(name):
+                yield name, "belongs to a server of yours: set redis.host too, or remove it"
+    if "username" in given and "password_file" not in given:
+        yield "password_file", "is missing: redis.username needs it"
+    if not given.get("tls"):
+        for name in given.keys() & {"tls_ca_file", "tls_cert_file", "tls_key_file", "tls_verify"}:
+            yield name, "has no effect without redis.tls: true"
+    if "tls_key_file" in given and "tls_cert_file" not in given:
+        yield "tls_cert_file", "is missing: redis.tls_key_file belongs to it"
 
 
 def _invalid(error: ValidationError, origins: Origins) -> Iterator[_Mistake]:

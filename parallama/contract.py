@@ -28,12 +28,14 @@ COMPUTE_MS = "compute_ms"  # number: time the model itself worked, as the upstre
 RESPONSE_MODEL = "response_model"  # str: the model the upstream says it used
 FIRST_TOKEN_AT = "first_token_at"  # number: milliseconds since the epoch  # noqa: S105
 UPSTREAM_ERROR = "upstream_error"  # bool: an error inside an answer of status 200
+USAGE_ODD = "usage_odd"  # bool: the upstream reported counts that cannot be, which were left out
 
 LUA_KEYS = frozenset(
     {
         MODEL, STREAM, MAX_TOKENS, BODY_BYTES, STREAM_USAGE, SPLICE_AT, SPLICE_TEXT,
         PROMPT_TOKENS, PROMPT_REPORTED, COMPLETION_TOKENS, CACHED_TOKENS, TOTAL_TOKENS,
         USAGE_SOURCE, FINISHED, COMPUTE_MS, RESPONSE_MODEL, FIRST_TOKEN_AT, UPSTREAM_ERROR,
+        USAGE_ODD,
     }
 )  # fmt: skip
 
@@ -63,12 +65,14 @@ AUTHZ_KEYS = frozenset(
 # Written by ratelimit.
 RATELIMIT = "envoy.filters.http.ratelimit"
 
-RESERVATION = "reservation"  # str: what stream done settles; absent where nothing is limited
+RESERVATION = "reservation"  # str: what stream done settles
 GRANTED = "granted"  # number: tokens held for this request
 TOKENS_LEFT = "tokens_left"  # number: what the tightest token limit has left after that
 REQUESTS_LEFT = "requests_left"  # number: the same for requests
+CAP = "cap"  # str, decimal: most tokens that the answer may have, where limits are hard
+WOULD_REFUSE = "would_refuse"  # str: shadow limits that had no room
 
-RATELIMIT_KEYS = frozenset({RESERVATION, GRANTED, TOKENS_LEFT, REQUESTS_LEFT})
+RATELIMIT_KEYS = frozenset({RESERVATION, GRANTED, TOKENS_LEFT, REQUESTS_LEFT, CAP, WOULD_REFUSE})
 
 # Descriptor entries of a rate-limit call carry the names above and this one.
 REQUEST_ID = "request_id"

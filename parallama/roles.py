@@ -88,6 +88,11 @@ _OPENAI = {
     ("POST", "/v1/embeddings"): _infer("/v1/embeddings"),
     ("GET", "/v1/models"): _list("/v1/models"),
 }
+METERED = frozenset(
+    at.path for at in (*_OLLAMA.values(), *_OPENAI.values()) if at.action is Action.INFER
+)
+"""The endpoints whose calls spend tokens."""
+
 _BLOBS = "/api/blobs/sha256"
 _MODELS = "/v1/models/"
 

@@ -8,6 +8,7 @@ metadata; deadlines are the client's to keep, who resets what it waits for no lo
 """
 
 import asyncio
+import errno
 import logging
 import os
 import socket
@@ -64,6 +65,7 @@ _HEADERS = http2.STATUS_200 + http2.field(b"content-type", b"application/grpc")
 _OK = http2.field(b"grpc-status", b"0")
 _UNESCAPED = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")  # in a grpc-message
 _TOO_LARGE = RpcError(Status.RESOURCE_EXHAUSTED, "the message is too large")
+_BACKLOG = 100
 _LAST_WORDS = 1.0  # seconds for what was cancelled to end
 
 
@@ -196,7 +198,8 @@ class Server:
     """
     Serves `methods` and `streams`, by their gRPC paths, and the standard health check.
 
-    Health says SERVING from `start` until `stop`.
+    Health says SERVING as long as it is answered: that we leave is told by draining. An Envoy that
+    heard of it here would take our successor on the same path for dead.
     """
 
     def __init__(
@@ -215,12 +218,15 @@ class Server:
         self._listener: asyncio.Server
 
     async def start(self, path: str) -> None:
-        """Listen on a unix socket for this user alone; one that is left over is replaced."""
+        """
+        Listen on a unix socket for this user alone. One that is there is replaced in one step: who
+        connects meets the old server or this one.
+        """
         loop = asyncio.get_running_loop()
         listener = _bound(path)
         self.serving = True
         self._listener = await loop.create_unix_server(
-            lambda: http2.Connection(self), sock=listener
+            lambda: http2.Connection(self), sock=listener, backlog=_BACKLOG
         )
 
     async def stop(self, grace: float) -> None:
@@ -265,20 +271,31 @@ class Server:
         return _UnknownCall(self) if consume is None else _StreamCall(self, consume)
 
     def _health(self, _: bytes) -> bytes:
-        """A HealthCheckResponse: field 1 is SERVING (1) or NOT_SERVING (2)."""
-        return b"\x08\x01" if self.serving else b"\x08\x02"
+        """A HealthCheckResponse: field 1 is SERVING (1)."""
+        return b"\x08\x01"
 
 
 def _bound(path: str) -> socket.socket:
+    """A socket that listens, in the place of one that may be there."""
     with suppress(FileNotFoundError):
-        if stat.S_ISSOCK(os.stat(path).st_mode):  # a file of another kind is not ours to remove
-            os.unlink(path)
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):  # it is not ours to remove
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE), path)
+    # No longer than the shortest name here, and nobody else's: in containers of their own two
+    # services may have the same process id.
+    folder, name = os.path.split(path)
+    fresh = os.path.join(folder, f".{name[:1]}{os.getpid():x}")
     listener = socket.socket(socket.AF_UNIX)
     before = os.umask(0o177)
     try:
-        listener.bind(path)
+        with suppress(FileNotFoundError):
+            os.unlink(fresh)
+        listener.bind(fresh)
+        listener.listen(_BACKLOG)
+        os.rename(fresh, path)
     except OSError:
         listener.close()
+        with suppress(OSError):
+            os.unlink(fresh)
         raise
     finally:
         os.umask(before)

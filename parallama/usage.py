@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 from datetime import datetime
+from decimal import Decimal
 from typing import Literal
 
-TokenSource = Literal["reported", "counted", "estimated"]
+TokenSource = Literal["reported", "counted", "estimated", "unknown"]
+"""`unknown`: the request was admitted, and nobody told how it ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +43,5 @@ class UsageRecord:
     time_to_first_token: float | None
     compute_ms: float | None
     upstream_host: str | None
+    cost: Decimal | None
+    """None where the model has no price."""

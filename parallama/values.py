@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import SplitResult, urlsplit
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import (
     AfterValidator,
@@ -39,6 +40,14 @@ def _path(value: object, info: ValidationInfo) -> Path:
     return folder / os.path.expanduser(value)
 
 
+def _existing_file(value: object, info: ValidationInfo) -> Path:
+    path = _path(value, info)
+    if not path.is_file():
+        found = "is not a regular file" if path.exists() else "does not exist"
+        raise ValueError(f"the file it names {found}; relative paths start at {_folder(info)}")
+    return path
+
+
 def _secret_file(value: object, info: ValidationInfo) -> SecretFile:
     # Not one of these messages repeats the value: it may be the secret itself, put here by mistake.
     if isinstance(value, SecretFile):
@@ -48,9 +57,7 @@ def _secret_file(value: object, info: ValidationInfo) -> SecretFile:
     path = _path(value, info)
     try:
         # Looked at before it is opened: opening a pipe would wait for somebody to write.
-        if not path.is_file():
-            found = "is not a regular file" if path.exists() else "does not exist"
-            raise ValueError(f"the file it names {found}; relative paths start at {_folder(info)}")
+        _existing_file(value, info)
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             raw = file.read(_LARGEST_SECRET + 1)
@@ -91,6 +98,15 @@ def _address(value: str) -> str:
 def _host(value: str) -> str:
     if not _HOST_NAME.fullmatch(value) and not _is_ipv6(value):
         raise ValueError("must be a host name or an IP address and nothing else, such as 127.0.0.1")
+    return value
+
+
+def _host_port(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    inner = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not port.isdecimal() or not 1 <= int(port) <= 65535 or (":" in inner and inner == host):
+        raise ValueError("must be host:port, such as 10.0.0.1:26379 or [::1]:26379")
+    _host(inner)
     return value
 
 
@@ -135,6 +151,14 @@ def _size(value: object) -> object:
     return int(match[1]) * _SIZES[match[2].upper()]
 
 
+def _zone(value: str) -> str:
+    try:
+        ZoneInfo(value)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise ValueError("must be a time zone by its IANA name, such as Europe/Berlin") from None
+    return value
+
+
 def upper(value: object) -> object:
     return value.upper() if isinstance(value, str) else value
 
@@ -144,6 +168,7 @@ def lower(value: object) -> object:
 
 
 FilePath = Annotated[Path, PlainValidator(_path)]
+ExistingFile = Annotated[Path, PlainValidator(_existing_file)]
 Secret = Annotated[
     SecretFile,
     PlainValidator(_secret_file),
@@ -151,5 +176,7 @@ Secret = Annotated[
 ]
 Address = Annotated[str, AfterValidator(_address)]
 Host = Annotated[str, AfterValidator(_host)]
+HostPort = Annotated[str, AfterValidator(_host_port)]
 Upstream = Annotated[str, AfterValidator(_upstream)]
+TimeZone = Annotated[str, AfterValidator(_zone)]
 Bytes = Annotated[int, BeforeValidator(_size)]

@@ -1,12 +1,16 @@
 """Which buckets a call touches, how much it holds, and what the answer says (pure)."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, tzinfo
+from decimal import Decimal
 from functools import lru_cache
+from itertools import product
 from urllib.parse import quote
 
-from parallama.limits import ANY, Limit, Unit, Window
+from parallama.counters import Hold
+from parallama.limits import ANY, Grant, Limit, Unit, Window
 
 # The longest that openai-python obeys `retry-after`.
 LONGEST_RETRY = 120
@@ -23,6 +27,7 @@ class Reserve:
     """A call that wants to spend. `max_tokens` is None where the client named no maximum."""
 
     user: str
+    key: str
     gateway: str
     dialect: str
     model: str
@@ -39,23 +44,59 @@ class Settle:
     user: str
     reservation: str
     used: int
+    key: str = ""
+    gateway: str = ""
     model: str = ""
     body_bytes: int = 0
     prompt_tokens: int | None = None
     """As the upstream reported them; None where it did not."""
+    bounded: bool = False
+    """The client named a maximum, so the answer's length says nothing about what is usual."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a call may use: tokens of prompt and answer, compute in ms, money in billionths."""
+
+    prompt: int
+    answer: int
+    compute: int = 0
+    cost: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """At least 1."""
+        return min(self.prompt + self.answer, MOST_TOKENS) or 1
+
+    def of(self, unit: Unit) -> int:
+        match unit:
+            case Unit.TOKENS:
+                return self.tokens
+            case Unit.COMPUTE_SECONDS:
+                return self.compute
+            case Unit.COST:
+                return self.cost
+            case _:
+                return 1
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
     """
-    The count of one limit in one of its windows, which ends at `end`.
+    The count of one limit in one of its windows, from `start` to before `end`.
 
     `name` leaves the limit's amount out: a limit that is changed keeps its count.
     """
 
     limit: Limit
     name: str
+    start: int
     end: int
+    granted: bool = False
+
+    def hold(self, amount: int) -> Hold:
+        limit = self.limit
+        return Hold(self.name, limit.unit, limit.amount, amount, self.start, self.end, limit.shadow)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +115,14 @@ class Level:
     @property
     def gone(self) -> bool:
         """Nothing is left even when every call in flight has given back what it holds."""
-        return self.used >= self.bucket.limit.amount
+        limit = self.bucket.limit
+        if limit.unit is Unit.CONCURRENT:
+            return limit.amount == 0
+        return self.used >= limit.amount
+
+    @property
+    def refuses(self) -> bool:
+        return self.full and not self.bucket.limit.shadow
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +136,18 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """`reservation` is what will be settled; None where no tokens are limited."""
+    """
+    `granted` tokens are held. `cap` is how many of them the answer may have; None leaves it alone.
 
-    reservation: str | None
+    `would_refuse` names the shadow limits that had no room.
+    """
+
+    reservation: str
     granted: int
     requests: Room | None
     tokens: Room | None
+    cap: int | None = None
+    would_refuse: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,31 +160,48 @@ class Refused:
     tokens: Room | None
 
 
-UNLIMITED = Admitted(None, 0, None, None)
-
-
-def buckets(limits: Iterable[Limit], gateway: str, model: str, now: float) -> list[Bucket]:
-    """The buckets a call has to find room in: those that count requests come first."""
+def buckets(
+    limits: Iterable[Limit], gateway: str, model: str, key: str, now: float, zone: tzinfo = UTC
+) -> list[Bucket]:
+    """The buckets a call has to find room in."""
     minute = int(now // 60)
-    met = [_bucket(limit, minute) for limit in limits if limit.covers(gateway, model)]
-    met.sort(key=_counts_tokens)
-    return met
+    return [_bucket(limit, minute, zone) for limit in limits if limit.covers(gateway, model, key)]
 
 
-def requests_among(met: Sequence[Bucket]) -> int:
-    return sum(bucket.limit.unit is Unit.REQUESTS for bucket in met)
+def instead(
+    levels: Sequence[Level], grants: Sequence[Grant], gateway: str, model: str, now: float
+) -> Iterator[list[Bucket]]:
+    """
+    Where limits were full: the buckets to try in place of those, for each choice of grants.
+
+    A grant takes the place of all limits of its unit. A full unit without a grant has no choice.
+    """
+    full = dict.fromkeys(level.bucket.limit.unit for level in levels if level.refuses)
+    kept = [at.bucket for at in levels if at.bucket.limit.unit not in full]
+    choices = [
+        [_granted(at) for at in grants if at.unit is unit and at.covers(gateway, model, now)]
+        for unit in full
+    ]
+    for chosen in product(*choices) if full else ():
+        yield [*kept, *chosen]
 
 
-def admit(levels: Sequence[Level], reservation: str, granted: int, now: float) -> Admitted:
-    requests, tokens = _room(levels, Unit.REQUESTS, now), _room(levels, Unit.TOKENS, now)
-    if tokens is None:
-        return Admitted(None, 0, requests, None)
-    return Admitted(reservation, granted, requests, tokens)
+def admit(
+    levels: Sequence[Level], reservation: str, granted: int, now: float, cap: int | None = None
+) -> Admitted:
+    return Admitted(
+        reservation,
+        granted,
+        _room(levels, Unit.REQUESTS, now),
+        _room(levels, Unit.TOKENS, now),
+        cap,
+        tuple(describe(level.bucket.limit) for level in levels if level.full),
+    )
 
 
 def refuse(levels: Sequence[Level], now: float) -> Refused:
     """Names the limit among the full ones that stands in the way for longest."""
-    worst = max((level for level in levels if level.full), key=_stands_in_the_way)
+    worst = max((level for level in levels if level.refuses), key=_stands_in_the_way)
     limit = worst.bucket.limit
     wait = _seconds_until(worst.bucket.end, now)
     if not worst.gone:
@@ -155,16 +226,24 @@ def duration(seconds: int) -> str:
     return f"{minute}m{second}s" if minute else f"{second}s"
 
 
+def describe(limit: Limit) -> str:
+    """A limit in a few words, such as `100 tokens per day on ollama for model llama3`."""
+    return f"{_amount(limit)} {_per(limit)}{_where(limit)}"
+
+
 @lru_cache(maxsize=4096)
-def _bucket(limit: Limit, minute: int) -> Bucket:
+def _bucket(limit: Limit, minute: int, zone: tzinfo) -> Bucket:
     """No window is shorter than a minute, so all calls of one minute share this."""
-    start, end = limit.window.bounds(minute * 60)
-    parts = (limit.gateway, limit.model, limit.unit, limit.window)
-    return Bucket(limit, ":".join([*(quote(part, safe="") for part in parts), str(start)]), end)
+    start, end = limit.window.bounds(minute * 60, zone)
+    parts = (limit.key, limit.gateway, limit.model, limit.unit, limit.window)
+    name = ":".join([*(quote(part, safe="") for part in parts), str(start)])
+    return Bucket(limit, "shadow:" + name if limit.shadow else name, start, end)
 
 
-def _counts_tokens(bucket: Bucket) -> bool:
-    return bucket.limit.unit is Unit.TOKENS
+def _granted(grant: Grant) -> Bucket:
+    limit = Limit(grant.gateway, grant.model, grant.unit, Window.MONTH, grant.amount)
+    start, end = int(grant.created_at), math.ceil(grant.expires_at)
+    return Bucket(limit, f"grant:{quote(grant.id, safe='')}", start, end, granted=True)
 
 
 def _stands_in_the_way(level: Level) -> tuple[bool, bool, int]:
@@ -175,9 +254,10 @@ def _room(levels: Iterable[Level], unit: Unit, now: float) -> Room | None:
     """Of limits with equally much left, the one that takes longest to reset."""
     tight: Level | None = None
     for level in levels:
-        if level.bucket.limit.unit is unit and (
-            tight is None or (level.left, -level.bucket.end) < (tight.left, -tight.bucket.end)
-        ):
+        limit = level.bucket.limit
+        if limit.unit is not unit or limit.shadow:
+            continue
+        if tight is None or (level.left, -level.bucket.end) < (tight.left, -tight.bucket.end):
             tight = level
     if tight is None:
         return None
@@ -190,16 +270,14 @@ def _seconds_until(end: int, now: float) -> int:
 
 def _sentence(level: Level, now: float) -> str:
     limit = level.bucket.limit
-    where = "" if limit.gateway == ANY else f" on {limit.gateway}"
-    if limit.model != ANY:
-        where += f" for model {limit.model}"
     if limit.amount == 0:
         return (
-            f"You have no allowance for {limit.unit}{where}: your limit is 0 per {limit.window}. "
-            "Ask your administrator for one."
+            f"You have no allowance for {limit.unit}{_where(limit)}: "
+            f"your limit is 0 {_per(limit)}. Ask your administrator for one."
         )
-    unit = limit.unit.removesuffix("s") if limit.amount == 1 else limit.unit
-    which = f"limit of {limit.amount} {unit} per {limit.window}{where}"
+    which = f"limit of {describe(limit)}"
+    if limit.unit is Unit.CONCURRENT:
+        return f"You have reached your {which}. Try again when one of them has finished."
     if not level.gone:
         return (
             f"Your requests that are still running hold the rest of your {which}. "
@@ -212,3 +290,27 @@ def _sentence(level: Level, now: float) -> str:
         f"You have used up your {which}. {resets}: "
         "wait until then, or ask your administrator for a higher limit."
     )
+
+
+def _where(limit: Limit) -> str:
+    where = "" if limit.gateway == ANY else f" on {limit.gateway}"
+    if limit.model != ANY:
+        where += f" for model {limit.model}"
+    return f"{where} with this key" if limit.key else where
+
+
+def _amount(limit: Limit) -> str:
+    match limit.unit:
+        case Unit.COST:
+            cost = Decimal(limit.amount) / limit.unit.parts
+            return f"{cost.normalize():f} of cost"
+        case Unit.COMPUTE_SECONDS:
+            return f"{limit.amount // limit.unit.parts} compute seconds"
+        case Unit.CONCURRENT:
+            return "1 request" if limit.amount == 1 else f"{limit.amount} requests"
+        case unit:
+            return f"{limit.amount} {unit.removesuffix('s') if limit.amount == 1 else unit}"
+
+
+def _per(limit: Limit) -> str:
+    return "at once" if limit.window is Window.MOMENT else f"per {limit.window}"

@@ -2,137 +2,236 @@
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import Awaitable
-from functools import partial
-from typing import Literal, Protocol
+from datetime import tzinfo
+from math import ceil
+from typing import Any, Protocol
 
 from parallama import rpc
 from parallama.clock import Clock
+from parallama.counters import Call, Counters
+from parallama.db.policies import Policy
 from parallama.errors import Unavailable
-from parallama.limits import Limit
+from parallama.limits import Unit
+from parallama.prices import Prices, cost_of
 from ratelimit import rules, wire
-from ratelimit.buckets import Buckets
 from ratelimit.estimate import Estimate
+from ratelimit.outage import Outage
+from ratelimit.rebuild import Rebuild
 
 log = logging.getLogger(__name__)
 
 SHOULD_RATE_LIMIT = "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit"
 
+# How many calls are timed at once, to learn how long they take.
+_TIMED = 10_000
 
-class Limits(Protocol):
-    """The limits of a user by id, defaults included."""
 
-    def peek(self, user: str) -> tuple[Limit, ...] | None:
-        """None where the store has to be asked."""
-        ...
-
-    async def limits_of(self, user: str) -> tuple[Limit, ...]:
-        """Raises Unavailable."""
+class Policies(Protocol):
+    async def policy_of(self, user: str) -> Policy:
+        """Limits and grants of a user by id, defaults included. Raises Unavailable."""
         ...
 
 
 class RateLimit:
     """
-    `when_down` says what happens to calls while limits or counters cannot be reached: `deny`
-    answers UNAVAILABLE, which Envoy turns into 503 in the caller's dialect; `allow` lets them pass
-    unlimited and uncharged.
+    Answers Envoy. With `hard` an answer is capped at the tokens that were held for the call, and
+    no call may cross a limit.
     """
 
     def __init__(
         self,
-        buckets: Buckets,
-        limits: Limits,
+        counters: Counters,
+        policies: Policies,
         *,
         clock: Clock,
+        zone: tzinfo,
         estimate: Estimate,
-        when_down: Literal["deny", "allow"],
+        prices: Prices,
+        rebuild: Rebuild,
+        outage: Outage,
+        hard: bool,
     ) -> None:
-        self._buckets = buckets
-        self._limits = limits
+        self._counters = counters
+        self._policies = policies
         self._clock = clock
+        self._zone = zone
         self._estimate = estimate
-        self._when_down = when_down
-        self._down = False
+        self._prices = prices
+        self._rebuild = rebuild
+        self._outage = outage
+        self._hard = hard
+        self._begun: OrderedDict[str, float] = OrderedDict()
+        self._under_way: set[asyncio.Future[Any]] = set()
 
     def should_rate_limit(self, request: bytes) -> bytes | Awaitable[bytes]:
-        """RateLimitRequest in, RateLimitResponse out; at once where no counter has to be asked."""
+        """RateLimitRequest in, RateLimitResponse out; at once for a call that has ended."""
         try:
             asked = wire.parse(request)
         except wire.BadCall as error:
             log.warning("rate limit call not understood", extra={"cause": str(error)})
             raise rpc.RpcError(rpc.Status.INVALID_ARGUMENT, str(error)) from error
         if isinstance(asked, rules.Settle):
-            if asked.prompt_tokens is not None:
-                self._estimate.learn(asked.model, asked.body_bytes, asked.prompt_tokens)
-            self._settle(asked)
+            self._learn(asked)
+            self.settle(asked)
             return wire.SETTLED
-        if self._limits.peek(asked.user) == ():
-            return wire.UNLIMITED
         return self._answer(asked)
 
     def untaken(self, request: bytes) -> None:
         """The client left while our yes was on its way: Envoy will settle nothing, so we do."""
         asked = wire.parse(request)
         if isinstance(asked, rules.Reserve):
-            self._settle(rules.Settle(asked.user, asked.request_id, 0))
+            self.settle(rules.Settle(asked.user, asked.request_id, 0))
+
+    async def aclose(self) -> None:
+        """Wait for what is under way."""
+        while self._under_way:
+            await asyncio.wait(self._under_way)
 
     async def _answer(self, ask: rules.Reserve) -> bytes:
         try:
             answer = await self._reserve(ask)
-        except Unavailable as error:
-            self._note_outage(error)
-            if self._when_down == "deny":
-                raise rpc.RpcError(rpc.Status.UNAVAILABLE, "limits cannot be checked") from error
-            return wire.UNLIMITED
-        if isinstance(answer, rules.Refused):
-            return wire.refused(answer, ask.dialect)
-        return wire.admitted(answer)
-
-    async def _reserve(self, ask: rules.Reserve) -> rules.Admitted | rules.Refused:
-        limits = await self._limits.limits_of(ask.user)
-        now = self._clock()
-        met = rules.buckets(limits, ask.gateway, ask.model, now)
-        if not met:
-            return rules.UNLIMITED
-        tokens = self._estimate.tokens(ask)
-        try:
-            taken = await self._buckets.reserve(ask.user, ask.request_id, tokens, met, now)
         except asyncio.CancelledError:
             # The client left while we asked. Envoy settles nothing then, so we do.
-            self._settle(rules.Settle(ask.user, ask.request_id, 0))
+            self.settle(rules.Settle(ask.user, ask.request_id, 0))
             raise
-        self._note_recovery()
-        if not taken.taken:
-            return rules.refuse(taken.levels, now)
-        return rules.admit(taken.levels, ask.request_id, taken.held, now)
+        if answer is None:
+            raise rpc.RpcError(rpc.Status.UNAVAILABLE, "limits cannot be checked")
+        if isinstance(answer, rules.Refused):
+            return wire.refused(answer, ask.dialect)
+        self._begun[ask.request_id] = self._clock()
+        if len(self._begun) > _TIMED:
+            self._begun.popitem(last=False)
+        if answer.would_refuse:
+            log.info(
+                "would be refused", extra={"user": ask.user, "limits": list(answer.would_refuse)}
+            )
+        return wire.admitted(answer)
 
-    def _settle(self, end: rules.Settle) -> None:
-        """Envoy waits for nothing, so neither do we. `Buckets.aclose` waits for what runs."""
-        charge = self._buckets.settle(end.user, end.reservation, end.used, self._clock())
-        charge.add_done_callback(partial(_report, end))
+    async def _reserve(self, ask: rules.Reserve) -> rules.Admitted | rules.Refused | None:
+        """None where it cannot be decided, and is to be denied."""
+        now = self._clock()
+        try:
+            policy = await self._policies.policy_of(ask.user)
+            met = rules.buckets(policy.limits, ask.gateway, ask.model, ask.key, now, self._zone)
+            need = await self._need(ask, met)
+        except Unavailable as error:
+            return self._outage.without_limits(ask, error)
+        if self._outage.lasts():
+            return self._outage.reserve(ask, met, need, now)
+        try:
+            levels, held = await self._take(ask, met, need, now)
+            refusing = levels
+            for others in rules.instead(levels, policy.grants, ask.gateway, ask.model, now):
+                levels, held = await self._take(ask, others, need, now)
+                if not any(level.refuses for level in levels):
+                    break
+        except Unavailable as error:
+            self._outage.begins(error)
+            return self._outage.reserve(ask, met, need, now)
+        self._outage.ends(ask.user, levels)
+        if any(level.refuses for level in levels):
+            return rules.refuse(refusing, now)
+        cap = self._cap(ask, held) if need.answer else None
+        return rules.admit(levels, ask.request_id, held, now, cap)
 
-    def _note_outage(self, error: Unavailable) -> None:
-        if not self._down:
-            self._down = True
-            log.error("limits not checked", extra={"policy": self._when_down, "cause": str(error)})
+    async def _take(
+        self, ask: rules.Reserve, met: list[rules.Bucket], need: rules.Need, now: float
+    ) -> tuple[list[rules.Level], int]:
+        """What the buckets hold then, and how many tokens the call holds."""
+        call = Call(
+            ask.request_id,
+            ask.user,
+            ask.key,
+            ask.gateway,
+            ask.dialect,
+            ask.endpoint,
+            ask.model,
+            now,
+        )
+        holds = [bucket.hold(need.of(bucket.limit.unit)) for bucket in met]
+        least = self._estimate.most_prompt(ask) + 1 if self._hard else 0
+        tokens = max(need.tokens, least)
+        taken = await self._counters.reserve(call, holds, tokens=tokens, least=least, now=now)
+        if not taken.known:
+            await self._rebuild(ask.user, met, now)
+            taken = await self._counters.reserve(call, holds, tokens=tokens, least=least, now=now)
+        levels = [
+            rules.Level(bucket, level.used, level.reserved, level.full)
+            for bucket, level in zip(met, taken.levels, strict=True)
+        ]
+        return levels, taken.tokens
 
-    def _note_recovery(self) -> None:
-        if self._down:
-            self._down = False
-            log.info("limits checked again")
+    async def _need(self, ask: rules.Reserve, met: list[rules.Bucket]) -> rules.Need:
+        need = self._estimate.need(ask)
+        if self._hard:
+            need = rules.Need(self._estimate.most_prompt(ask), need.answer, need.compute)
+        if any(bucket.limit.unit is Unit.COST for bucket in met):
+            cost = await self._cost(ask.model, need)
+            need = rules.Need(need.prompt, need.answer, need.compute, cost)
+        return need
 
+    async def _cost(self, model: str, need: rules.Need) -> int:
+        """What the call may cost, in billionths; 0 where the model has no price."""
+        prices = self._prices.peek() or await self._prices.current()
+        price = prices.of(model)
+        if price is None:
+            return 0
+        cost = cost_of(price, need.prompt, need.answer, compute_ms=need.compute)
+        return ceil(cost * Unit.COST.parts)
 
-def _report(end: rules.Settle, charge: "asyncio.Future[int]") -> None:
-    """A lost charge is one the user does not pay: the usage row has it, the operator is told."""
-    error = charge.exception()
-    if end.used == 0 or (error is None and charge.result() >= 0):
-        return
-    log.warning(
-        "charge lost",
-        extra={
-            "user": end.user,
-            "reservation": end.reservation,
-            "tokens": end.used,
-            "cause": str(error or "nothing is known of the reservation"),
-        },
-    )
+    def _cap(self, ask: rules.Reserve, held: int) -> int | None:
+        """How many tokens the answer may have."""
+        if not self._hard:
+            return None
+        left = held - self._estimate.most_prompt(ask)
+        return left if ask.max_tokens is None or left < ask.max_tokens else None
+
+    def _learn(self, end: rules.Settle) -> None:
+        begun = self._begun.pop(end.reservation, None)
+        if end.prompt_tokens is None:
+            return
+        self._estimate.learn(end.model, end.body_bytes, end.prompt_tokens)
+        answer = end.used - end.prompt_tokens
+        if answer > 0 and not end.bounded:
+            self._estimate.learn_answer(end.model, answer)
+        if begun is not None:
+            self._estimate.learn_compute(end.model, (self._clock() - begun) * 1000)
+
+    def settle(self, end: rules.Settle) -> None:
+        """Envoy waits for nothing, so neither do we."""
+        self._outage.settle(end)
+        charge = self._counters.settle(end.user, end.reservation, end.used, self._clock())
+        self._under_way.add(charge)
+        charge.add_done_callback(lambda done: self._settled(end, done))
+
+    def _settled(self, end: rules.Settle, charge: "asyncio.Future[int]") -> None:
+        self._under_way.discard(charge)
+        error = charge.exception()
+        if error is not None:
+            self._outage.owe(end, error)
+        elif charge.result() < 0 and end.used > 0:
+            work = asyncio.ensure_future(self._charge(end))
+            self._under_way.add(work)
+            work.add_done_callback(self._under_way.discard)
+
+    async def _charge(self, end: rules.Settle) -> None:
+        """Charge a call that the counters know nothing of: they were lost, or it began without."""
+        now = self._clock()
+        try:
+            policy = await self._policies.policy_of(end.user)
+            met = rules.buckets(policy.limits, end.gateway, end.model, end.key, now, self._zone)
+            met = [bucket for bucket in met if bucket.limit.unit in (Unit.REQUESTS, Unit.TOKENS)]
+            if not met:
+                return
+            spent = [
+                (bucket.hold(0), 1 if bucket.limit.unit is Unit.REQUESTS else end.used)
+                for bucket in met
+            ]
+            charged = await self._counters.charge(end.user, end.reservation, spent, now)
+            if charged == -2:
+                await self._rebuild(end.user, met, now)
+                await self._counters.charge(end.user, end.reservation, spent, now)
+        except Unavailable as error:
+            self._outage.owe(end, error)

@@ -12,7 +12,6 @@ from ratelimit.rules import MOST_TOKENS, Admitted, Refused, Reserve, Room, Settl
 _MOST_DIGITS = 18
 
 SETTLED = bytes(RateLimitResponse(overall_code=RateLimitResponse.OK).SerializeToString())
-UNLIMITED = SETTLED
 
 
 class BadCall(ParallamaError):
@@ -41,9 +40,12 @@ def parse(message: bytes) -> Reserve | Settle:
             user,
             _needed(entries, contract.RESERVATION),
             used,
+            key=entries.get(contract.KEY, ""),
+            gateway=entries.get(contract.GATEWAY, ""),
             model=entries.get(contract.MODEL, ""),
             body_bytes=_number(entries, contract.BODY_BYTES),
             prompt_tokens=_number(entries, contract.PROMPT_REPORTED) if reported else None,
+            bounded=contract.MAX_TOKENS in entries,
         )
     dialect = _needed(entries, contract.DIALECT)
     if dialect not in (OLLAMA, OPENAI):
@@ -51,6 +53,7 @@ def parse(message: bytes) -> Reserve | Settle:
     most = _number(entries, contract.MAX_TOKENS)
     return Reserve(
         user=user,
+        key=entries.get(contract.KEY, ""),
         gateway=_needed(entries, contract.GATEWAY),
         dialect=dialect,
         model=entries.get(contract.MODEL, ""),
@@ -64,10 +67,13 @@ def parse(message: bytes) -> Reserve | Settle:
 
 def admitted(answer: Admitted) -> bytes:
     response = RateLimitResponse(overall_code=RateLimitResponse.OK)
-    if answer.reservation is not None:
-        facts = response.dynamic_metadata.fields
-        facts[contract.RESERVATION].string_value = answer.reservation
-        facts[contract.GRANTED].number_value = answer.granted
+    facts = response.dynamic_metadata.fields
+    facts[contract.RESERVATION].string_value = answer.reservation
+    facts[contract.GRANTED].number_value = answer.granted
+    if answer.cap is not None:
+        facts[contract.CAP].string_value = str(answer.cap)
+    if answer.would_refuse:
+        facts[contract.WOULD_REFUSE].string_value = "; ".join(answer.would_refuse)
     _describe(response, answer.requests, answer.tokens)
     return bytes(response.SerializeToString())
 

@@ -44,19 +44,21 @@ class StandIn:
     """
     A server on loopback, in a thread of its own. Every public method may be called from any thread.
 
-    Port 0 takes a free one. `models` are the names it knows; pull, copy and delete change them
-    until `reset`.
+    Port 0 takes a free one; `host` is where it listens. `models` are the names it knows; pull,
+    copy and delete change them until `reset`.
     """
 
     def __init__(
         self,
         *,
+        host: str = "127.0.0.1",
         port: int = 0,
         flavour: Flavour = "ollama",
         models: Iterable[str] = ("smollm2",),
         default: Behaviour | None = None,
         keep_log: bool = True,
     ) -> None:
+        self._host = host
         self.port = port
         self.flavour = flavour
         self.default = default or Behaviour()
@@ -142,7 +144,7 @@ class StandIn:
         self._stopping = asyncio.Event()
         make = self._loop.create_server(
             lambda: Connection(self._connections, self._exchange),
-            "127.0.0.1",
+            self._host,
             self.port,
             backlog=1024,
         )
@@ -287,6 +289,7 @@ async def _main(server: StandIn) -> None:
 if __name__ == "__main__":
     args = argparse.ArgumentParser(prog="python -m tests.standin", description=__doc__)
     args.formatter_class = argparse.RawDescriptionHelpFormatter
+    args.add_argument("--host", default="127.0.0.1")
     args.add_argument("--port", type=int, default=0)
     args.add_argument("--flavour", choices=get_args(Flavour), default="ollama")
     args.add_argument("--models", default="smollm2", help="names, comma-separated")
@@ -296,6 +299,7 @@ if __name__ == "__main__":
     asyncio.run(
         _main(
             StandIn(
+                host=chosen.host,
                 port=chosen.port,
                 flavour=chosen.flavour,
                 models=chosen.models.split(","),

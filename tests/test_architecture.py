@@ -41,10 +41,12 @@ def test_the_readme_can_be_read() -> None:
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
 
 
-def test_envoy_takes_the_files_as_they_stand_in_the_repository() -> None:
+def test_envoy_takes_the_files_as_they_stand_in_the_repository(tmp_path: Path) -> None:
+    (tmp_path / "envoy").symlink_to(ENVOY)
+    (tmp_path / "trail").mkdir()  # it opens its logs
     done = subprocess.run(
         [envoy_binary(), "--mode", "validate", "-c", "envoy/envoy.yaml", "--disable-hot-restart"],
-        cwd=ROOT,
+        cwd=tmp_path,
         capture_output=True,
         timeout=30,
         check=False,
@@ -114,10 +116,18 @@ def test_descriptors_are_named_as_the_metadata_they_carry() -> None:
 
 
 def test_lua_uses_the_namespaces_of_the_contract() -> None:
-    spaces = names(r'local NS = "([^"]+)"') | names(r'local NS, AUTHZ = "([^"]+)"')
-    assert spaces == {contract.LUA}
-    assert names(r'AUTHZ = (?:"[^"]+", )?"([^"]+)"') == {contract.AUTHZ}
-    assert names(r"(?:metadata|dynamicMetadata\(\)):[gs]et\((?!NS\b|AUTHZ\b)([^,)]+)") == set()
+    given = {
+        name: set(re.findall('"([^"]+)"', values))
+        for text in lua().values()
+        for name, values in re.findall(r"local ((?:NS|AUTHZ)[A-Z, ]*) = ([^\n]+)", text)
+    }
+    assert given == {
+        "AUTHZ": {contract.AUTHZ},
+        "NS, AUTHZ": {contract.LUA, contract.AUTHZ},
+        "NS, AUTHZ, RATELIMIT": {contract.LUA, contract.AUTHZ, contract.RATELIMIT},
+    }
+    others = r"(?:metadata|dynamicMetadata\(\)):[gs]et\((?!NS\b|AUTHZ\b|RATELIMIT\b)([^,)]+)"
+    assert names(others) == set()
 
 
 def test_lua_reads_only_what_authz_writes() -> None:

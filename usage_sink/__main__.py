@@ -1,37 +1,125 @@
 """The usage_sink process: what it is made of."""
 
+import asyncio
+import time
+from contextlib import aclosing
 from functools import partial
 
-from parallama import daemon, rpc
+from parallama import daemon, http1, rpc
+from parallama.clock import system_clock
 from parallama.config import Config
-from parallama.db import database
-from parallama.db.ledger import add
-from parallama.stores import socket_path
+from parallama.counters import Counters
+from parallama.db import Store, database
+from parallama.db.ledger import add, prune
+from parallama.db.prices import prices_of
+from parallama.prices import PriceList
+from parallama.stores import connect_redis, socket_path
+from parallama.trail import Trail
+from usage_sink.closing import Closer
+from usage_sink.follower import Follower
+from usage_sink.pruning import prune_daily
 from usage_sink.service import STREAM, UsageSink
-from usage_sink.writer import Writer, writing
+from usage_sink.storing import Records, Storing
+from usage_sink.tending import Tender
+from usage_sink.writer import Settled, Writer, writing
 
-# About 100 MB of rows: more than the memory bound allows for, and minutes of a busy machine.
-_QUEUE_ROWS = 50_000
+# About 10 MB of rows. What comes while so many wait for the database waits in the trail.
+_QUEUE_ROWS = 5_000
 
 # Envoy's log streams never end by themselves; what they sent is read in far less than this.
 _GRACE_SECONDS = 1.0
 
+# Beyond flush_seconds: how long a line of the trail is left for Envoy's stream to bring its row.
+_BEHIND_SECONDS = 1.0
+
+# How often is looked whether the trail is free.
+_TURN_SECONDS = 0.2
+
+_DAY_SECONDS = 86_400.0
+
 
 async def main(config: Config) -> None:
-    async with database(config.database) as db:
+    told = config.usage
+    trail = Trail(config.state_dir / "trail")
+    trail.make()
+    async with (
+        database(config.database) as db,
+        connect_redis(config) as redis,
+        aclosing(
+            Counters(
+                redis,
+                lease=config.rate_limiting.reservation_seconds,
+                timeout=config.redis.timeout_seconds,
+            )
+        ) as counters,
+        asyncio.TaskGroup() as tasks,
+    ):
+        settled = Settled()
+        closer = Closer(counters, clock=system_clock)
+        storing = Storing(
+            partial(add, db), trail.set_aside, price=partial(_priced, db), stored=closer.stored
+        )
         writer = Writer(
-            partial(add, db),
-            batch_rows=config.usage.batch_rows,
-            flush_seconds=config.usage.flush_seconds,
+            storing,
+            settled,
+            batch_rows=told.batch_rows,
+            flush_seconds=told.flush_seconds,
             queue_rows=_QUEUE_ROWS,
         )
-        async with writing(writer, deadline=config.shutdown.drain_seconds):
+        follower = Follower(
+            trail, storing, settled, batch_rows=told.batch_rows, monotonic=time.monotonic
+        )
+        tender = Tender(
+            trail,
+            partial(http1.ask, socket_path(config.run_dir / "envoy-admin.sock")),
+            file_size=told.trail_file_size,
+            max_size=told.trail_max_size,
+            monotonic=time.monotonic,
+        )
+        behind = partial(asyncio.sleep, _BEHIND_SECONDS + told.flush_seconds)
+
+        async def tend_trail() -> None:
+            """Once the process in whose place this one is has read what it was sent."""
+            await trail.take_turn(partial(asyncio.sleep, _TURN_SECONDS))
+            await asyncio.gather(follower.run(behind), tender.run(partial(asyncio.sleep, 1.0)))
+
+        async def catch_up() -> None:
+            if trail.is_ours:
+                await follower.catch_up()
+
+        loops = [
+            tasks.create_task(tend_trail(), name="trail"),
+            tasks.create_task(closer.run(partial(asyncio.sleep, 1.0)), name="reservations"),
+        ]
+        if told.retention_days is not None:
+            pruning = prune_daily(
+                partial(prune, db),
+                days=told.retention_days,
+                clock=system_clock,
+                pause=partial(asyncio.sleep, _DAY_SECONDS),
+            )
+            loops.append(tasks.create_task(pruning, name="retention"))
+        async with writing(
+            writer,
+            deadline=config.shutdown.drain_seconds,
+            then=catch_up,
+            missing=follower.missing,
+        ):
             service = UsageSink(writer, log_requests=config.logging.requests)
             await daemon.run_until_stopped(
                 rpc.Server({}, {STREAM: service.stream_access_logs}),
                 listen=socket_path(config.run_dir / "usage_sink.sock"),
                 grace=_GRACE_SECONDS,
             )
+            for loop in loops:
+                loop.cancel()
+            await asyncio.wait(loops)
+
+
+async def _priced(db: Store, records: Records) -> Records:
+    """By the list as it is now: it is short, and asked for once a batch."""
+    prices = PriceList(await prices_of(db))
+    return [prices.priced(record) for record in records]
 
 
 daemon.run("usage_sink", main)

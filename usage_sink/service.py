@@ -8,6 +8,7 @@ from envoy.service.accesslog.v3 import als_pb2 as pb
 from google.protobuf.message import DecodeError
 
 from parallama import rpc
+from parallama.finished import Finished
 from usage_sink import wire
 from usage_sink.writer import Writer
 
@@ -44,11 +45,26 @@ class UsageSink:
         if finished is None:
             return
         await self._writer.put(finished.record)
+        if finished.odd:
+            _warn(finished)
         if self._log_requests:
             _tell(finished)
 
 
-def _tell(finished: wire.Finished) -> None:
+def _warn(finished: Finished) -> None:
+    row = finished.record
+    log.warning(
+        "the upstream reported a usage that cannot be",
+        extra={
+            "facts": ",".join(finished.odd),
+            "model": row.model_name,
+            "upstream": row.upstream_host,
+            "request_id": row.request_id,
+        },
+    )
+
+
+def _tell(finished: Finished) -> None:
     row = finished.record
     first = row.time_to_first_token
     requests.info(

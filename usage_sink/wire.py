@@ -1,13 +1,11 @@
-"""Envoy's access-log entries in, usage records out."""
+"""Envoy's access-log entries in, finished requests out."""
 
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from envoy.data.accesslog.v3 import accesslog_pb2 as pb
 
 from parallama import contract as c
-from parallama.usage import TokenSource, UsageRecord
+from parallama.finished import Facts, Finished, finished
 
 # Short names as in Envoy's %RESPONSE_FLAGS%.
 _FLAGS = {
@@ -42,17 +40,27 @@ _FLAGS = {
     "unconditional_drop_overload": "UDO",
 }
 
-_UPSTREAM_ANSWERED = "via_upstream"
-_CLIENT_CLOSED_REQUEST = 499  # as Ollama and nginx say it; Envoy logs 0 where nothing was sent
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A usage record, and what the caller's tightest limits had left after it."""
-
-    record: UsageRecord
-    tokens_left: int | None
-    requests_left: int | None
+_TEXT, _NUMBER, _FLAG = "string_value", "number_value", "bool_value"
+_KINDS = {
+    c.AUTHZ: tuple(
+        (name, _TEXT)
+        for name in (c.USER, c.USERNAME, c.KEY, c.GATEWAY, c.DIALECT, c.ENDPOINT)
+    ),
+    c.LUA: (
+        *((name, _TEXT) for name in (c.MODEL, c.RESPONSE_MODEL, c.USAGE_SOURCE)),
+        *(
+            (name, _NUMBER)
+            for name in (
+                c.PROMPT_TOKENS, c.COMPLETION_TOKENS, c.CACHED_TOKENS, c.TOTAL_TOKENS,
+                c.COMPUTE_MS, c.FIRST_TOKEN_AT,
+            )
+        ),
+        *((name, _FLAG) for name in (c.STREAM, c.FINISHED, c.UPSTREAM_ERROR, c.USAGE_ODD)),
+    ),
+    c.RATELIMIT: tuple(
+        (name, _NUMBER) for name in (c.GRANTED, c.TOKENS_LEFT, c.REQUESTS_LEFT)
+    ),
+}  # fmt: skip
 
 
 def parse(entry: pb.HTTPAccessLogEntry) -> Finished | None:
@@ -61,100 +69,40 @@ def parse(entry: pb.HTTPAccessLogEntry) -> Finished | None:
     metadata = common.metadata.filter_metadata
     if c.AUTHZ not in metadata or common.intermediate_log_entry:
         return None
-    who = metadata[c.AUTHZ].fields
-    if _text(who, c.USER) is None:
-        return None
-    lua = metadata[c.LUA].fields if c.LUA in metadata else {}
-    limits = metadata[c.RATELIMIT].fields if c.RATELIMIT in metadata else {}
+    start = common.start_time
+    first_byte = None
+    if common.HasField("time_to_first_upstream_rx_byte"):
+        first_byte = _seconds(common.time_to_first_upstream_rx_byte)
     flags = [_FLAGS.get(field.name, field.name) for field, _ in common.response_flags.ListFields()]
-    details = entry.response.response_code_details
-    aborted = "DC" in flags or "DR" in flags or details.startswith("downstream_remote")
-    status = entry.response.response_code.value
-    if status == 0 and aborted:
-        status = _CLIENT_CLOSED_REQUEST
-    total = _count(lua, c.TOTAL_TOKENS) or 0
-    source = _text(lua, c.USAGE_SOURCE)
-    record = UsageRecord(
+    return finished(
         request_id=entry.request.request_id,
-        timestamp=_start(common),
-        user_id=who[c.USER].string_value,
-        username=who[c.USERNAME].string_value,
-        key_id=_text(who, c.KEY),
-        gateway=who[c.GATEWAY].string_value,
-        dialect=who[c.DIALECT].string_value,
-        endpoint=who[c.ENDPOINT].string_value,
-        model_name=_text(lua, c.MODEL),
-        served_model=_text(lua, c.RESPONSE_MODEL),
-        prompt_tokens=_count(lua, c.PROMPT_TOKENS),
-        completion_tokens=_completion(lua, source, total),
-        cached_tokens=_count(lua, c.CACHED_TOKENS),
-        tokens_used=total,
-        token_source=_source(source),
-        streamed=_flag(lua, c.STREAM),
-        finished=_flag(lua, c.FINISHED),
-        aborted=aborted,
-        status_code=status,
+        start=start.seconds * 1_000_000 + start.nanos // 1000,
+        duration=_seconds(common.duration),
+        first_byte=first_byte,
+        status=entry.response.response_code.value,
         flags=",".join(flags),
-        error_message=_error(details, in_answer=_flag(lua, c.UPSTREAM_ERROR)),
-        request_duration=_seconds(common.duration),
-        time_to_first_token=_first_token(common, lua, status),
-        compute_ms=lua[c.COMPUTE_MS].number_value if c.COMPUTE_MS in lua else None,
-        upstream_host=_address(common.upstream_remote_address),
+        details=entry.response.response_code_details,
+        upstream=_address(common.upstream_remote_address),
+        who=_facts(metadata, c.AUTHZ),
+        lua=_facts(metadata, c.LUA),
+        limits=_facts(metadata, c.RATELIMIT),
     )
-    left = _count(limits, c.TOKENS_LEFT)
-    if left is not None:
-        left += (_count(limits, c.GRANTED) or 0) - total
-    return Finished(record, left, _count(limits, c.REQUESTS_LEFT))
 
 
-def _source(told: str | None) -> TokenSource:
-    """Where nothing was told nothing was generated, and that was counted."""
-    return "reported" if told == "reported" else "estimated" if told == "estimated" else "counted"
-
-
-def _completion(lua: Any, source: str | None, total: int) -> int | None:
-    """While a stream runs only its total is written, so that is all that one cut short has."""
-    told = _count(lua, c.COMPLETION_TOKENS)
-    return total if told is None and source == "counted" else told
-
-
-def _text(fields: Any, name: str) -> str | None:
-    return (fields[name].string_value or None) if name in fields else None
-
-
-def _count(fields: Any, name: str) -> int | None:
-    return int(fields[name].number_value) if name in fields else None
-
-
-def _flag(fields: Any, name: str) -> bool:
-    return name in fields and fields[name].bool_value
-
-
-def _start(common: Any) -> datetime:
-    at = common.start_time
-    return datetime.fromtimestamp(at.seconds, UTC).replace(microsecond=at.nanos // 1000)
+def _facts(metadata: Any, namespace: str) -> Facts:
+    if namespace not in metadata:
+        return {}
+    fields = metadata[namespace].fields
+    # Where a fact is of another kind than the contract says, this is the kind's own zero.
+    return {name: getattr(fields[name], kind) for name, kind in _KINDS[namespace] if name in fields}
 
 
 def _seconds(duration: Any) -> float:
     return float(duration.seconds + duration.nanos / 1e9)
 
 
-def _first_token(common: Any, lua: Any, status: int) -> float | None:
-    if c.FIRST_TOKEN_AT in lua:
-        start = common.start_time
-        at = lua[c.FIRST_TOKEN_AT].number_value / 1000
-        return float(max(0.0, at - start.seconds - start.nanos / 1e9))
-    if status == 200 and common.HasField("time_to_first_upstream_rx_byte"):
-        return _seconds(common.time_to_first_upstream_rx_byte)
-    return None
-
-
 def _address(address: Any) -> str | None:
+    """As Envoy writes it."""
     socket = address.socket_address
-    return f"{socket.address}:{socket.port_value}" if socket.address else None
-
-
-def _error(details: str, *, in_answer: bool) -> str | None:
-    if in_answer:
-        return "the upstream reported an error inside its answer"
-    return None if details in ("", _UPSTREAM_ANSWERED) else details
+    host = f"[{socket.address}]" if ":" in socket.address else socket.address
+    return f"{host}:{socket.port_value}" if host else None

@@ -107,6 +107,13 @@ function Tally:count()
   end
 end
 
+-- A count that the upstream reports. One that cannot be is left out, and that is noted.
+function Tally:tokens(s, span)
+  local n = tokens(s, span)
+  if not n and is_set(s, span) then self:note("usage_odd", true) end
+  return n
+end
+
 -- The upstream's own numbers; nil is what it did not say. A completion it does not name is what was counted.
 function Tally:report(prompt, completion, cached, total)
   if not prompt and not completion then return end
@@ -116,8 +123,9 @@ function Tally:report(prompt, completion, cached, total)
     completion = self.reported and self.completion or self.counted
   end
   local sum = (prompt or 0) + completion
+  if sum > MOST_TOKENS then self:note("usage_odd", true) end
   self.reported, self.completion = true, completion
-  self.total = total and total > sum and total or sum
+  self.total = math.min(total and total > sum and total or sum, MOST_TOKENS)
   self.changed = true
   if prompt then
     self:note("prompt_tokens", prompt)
@@ -157,20 +165,20 @@ end
 -- OpenAI's `usage`, and llama.cpp's `timings` where there is none.
 function Tally:openai(s, at)
   local usage, timings = inner(s, at.usage), inner(s, at.timings)
-  local prompt, completion = tokens(s, usage.prompt_tokens), tokens(s, usage.completion_tokens)
+  local prompt, completion = self:tokens(s, usage.prompt_tokens), self:tokens(s, usage.completion_tokens)
   if prompt or completion then
     local details = inner(s, usage.prompt_tokens_details)
-    self:report(prompt, completion, tokens(s, details.cached_tokens), tokens(s, usage.total_tokens))
+    self:report(prompt, completion, self:tokens(s, details.cached_tokens), self:tokens(s, usage.total_tokens))
   else
-    local cached, fresh = tokens(s, timings.cache_n), tokens(s, timings.prompt_n)
-    self:report(fresh and fresh + (cached or 0), tokens(s, timings.predicted_n), cached)
+    local cached, fresh = self:tokens(s, timings.cache_n), self:tokens(s, timings.prompt_n)
+    self:report(fresh and fresh + (cached or 0), self:tokens(s, timings.predicted_n), cached)
   end
   self:work(number(s, timings.prompt_ms), number(s, timings.predicted_ms))
 end
 
 -- The last line of an Ollama stream, or its whole answer. It leaves out what is zero.
 function Tally:ollama(s, at)
-  local prompt, completion = tokens(s, at.prompt_eval_count), tokens(s, at.eval_count)
+  local prompt, completion = self:tokens(s, at.prompt_eval_count), self:tokens(s, at.eval_count)
   if prompt or completion or self.counted == 0 then
     self:report(prompt or 0, completion or self.counted == 0 and 0 or nil)
   end

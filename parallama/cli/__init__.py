@@ -8,7 +8,20 @@ import typer
 from typer.core import TyperGroup
 
 from parallama import __version__
-from parallama.cli import config, db, init, keys, limits, status, up, usage, users
+from parallama.cli import (
+    config,
+    db,
+    envoy,
+    init,
+    keys,
+    limits,
+    prices,
+    restart,
+    status,
+    up,
+    usage,
+    users,
+)
 from parallama.cli.options import GlobalConfigPath
 from parallama.errors import Conflict, NotFound, ParallamaError, Unavailable, UsageError
 
@@ -80,8 +93,10 @@ def root(
 
 app.command()(init.init)
 app.command()(up.up)
+app.command()(restart.restart)
+app.command()(envoy.envoy)
 app.command()(status.status)
-for _noun in (config, db, users, keys, limits, usage):
+for _noun in (config, db, users, keys, limits, prices, usage):
     app.add_typer(_noun.app)
 
 

@@ -18,8 +18,10 @@ Written by `python -m parallama.cli.docs`; do not edit.
 
 The configuration is named by `--config PATH`, before the noun or behind the verb, or by
 `PARALLAMA_CONFIG`. Users, keys and limits go by name or id. The answer is on standard output: a
-table, or `-o json` and `-o csv` for programs. Times are ISO 8601 in UTC. Warnings and errors are on
-standard error, and nothing ever asks back, so every command can be used in a script.
+table, or `-o json` and `-o csv` for programs. Times are ISO 8601 in UTC; tables of limits and
+grants have them in the configured time zone. Amounts of money are exact, in JSON as text. Warnings
+and errors are on standard error, and nothing ever asks back, so every command can be used in a
+script.
 
 A key is printed once, by `keys create`, and is never accepted on a command line. Keys in text are
 found by this regular expression; their last six characters are a checksum of the rest (CRC-32 in

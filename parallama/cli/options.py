@@ -1,6 +1,6 @@
 """Options that many commands have."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta, tzinfo
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +9,7 @@ import typer
 
 from parallama.errors import UsageError
 
+_WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
@@ -85,6 +86,41 @@ def parse_past(text: str | None, now: datetime) -> datetime | None:
 
 def parse_future(text: str | None, now: datetime) -> datetime | None:
     return None if text is None else _moved(text, now, 1)
+
+
+def parse_end(text: str, now: datetime, zone: tzinfo) -> datetime:
+    """
+    `3d` from now on, a time, or the end of a day in `zone`: of a date, `today`, `tomorrow`, or the
+    weekday that comes next, which may be today. A time without its zone is one in `zone`.
+    """
+    try:
+        day = _day(text.lower(), now.astimezone(zone).date())
+        if day is not None:
+            # Where clocks change at midnight, it is the moment at which they do.
+            return datetime.combine(day + timedelta(days=1), time(), zone).astimezone(UTC)
+        age = parse_age(text)
+        if age is not None:
+            return now + age
+        at = datetime.fromisoformat(text)
+        return (at.replace(tzinfo=zone) if at.tzinfo is None else at).astimezone(UTC)
+    except OverflowError:
+        raise UsageError(f"too long a time: {text}") from None
+    except ValueError:
+        raise UsageError(
+            f"not a time: {text!r}; write 3d, tomorrow, Friday, 2026-01-31 or 2026-01-31T12:00"
+        ) from None
+
+
+def _day(word: str, today: date) -> date | None:
+    if word in ("today", "tomorrow"):
+        return today + timedelta(days=word == "tomorrow")
+    for number, name in enumerate(_WEEKDAYS):
+        if word in (name, name[:3]):
+            return today + timedelta(days=(number - today.weekday()) % 7)
+    try:
+        return date.fromisoformat(word)
+    except ValueError:
+        return None
 
 
 def _moved(text: str, now: datetime, direction: int) -> datetime:

@@ -5,9 +5,11 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from decimal import Decimal
 from typing import Any
 
 from parallama.cli.options import Output
+from parallama.money import plain
 
 Row = Mapping[str, Any]
 
@@ -94,7 +96,7 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 def _is_number(value: object, *, none: bool = False) -> bool:
     if value is None:
         return none
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
 
 
 def _text(value: object) -> str:
@@ -105,6 +107,8 @@ def _text(value: object) -> str:
             return "yes" if value else "no"
         case float():
             return f"{value:.3f}"
+        case Decimal():
+            return plain(value)
         case datetime():
             return iso(value.replace(microsecond=0))
         case list() | tuple():
@@ -123,6 +127,8 @@ def _csv_cell(value: object) -> object:
             value = ",".join(map(str, value))
         case bool():
             return "true" if value else "false"
+        case Decimal():
+            return plain(value)
     if isinstance(value, str) and value.startswith(_FORMULA):
         return f"'{value}"
     return value
@@ -135,4 +141,6 @@ def _json(row: Row, indent: int | None = None) -> str:
 def _json_value(value: object) -> object:
     if isinstance(value, datetime):
         return iso(value)
+    if isinstance(value, Decimal):
+        return plain(value)  # text: as a number it would come back as a float
     raise TypeError(f"cannot write {type(value).__name__} as JSON")

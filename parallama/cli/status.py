@@ -36,6 +36,8 @@ async def _look(config: "Config") -> dict[str, Any]:
     children = _children(config) if pid is not None else {}
     well = [pid is not None, health == "ok", database == "ok", redis == "ok"]
     well += [child["state"] == "serving" for child in children.values()]
+    trail, has_room = _trail(config)
+    well.append(has_room)
     return {
         "ok": all(well),
         "config": str(config.source),
@@ -45,6 +47,7 @@ async def _look(config: "Config") -> dict[str, Any]:
         "database": database,
         "redis": redis,
         **counts,
+        "trail": trail,
         "children": [_told(name, child) for name, child in children.items()],
     }
 
@@ -93,6 +96,21 @@ async def _redis(config: "Config") -> str:
     except (RedisError, OSError, ParallamaError) as error:
         return f"no answer: {error or type(error).__name__}"
     return "ok"
+
+
+def _trail(config: "Config") -> tuple[str, bool]:
+    """What waits there for the database, and whether there is room for more."""
+    from parallama.trail import Trail
+
+    trail = Trail(config.state_dir / "trail")
+    try:
+        size, waiting, letters = trail.size(), trail.waiting(), len(trail.letters())
+    except OSError as error:
+        return f"cannot be read: {error.strerror}", False
+    has_room = size <= config.usage.trail_max_size
+    facts = [f"{size} bytes", f"{waiting} not stored yet"]
+    facts += [f"{letters} kept aside: see `usage reconcile`"] * bool(letters)
+    return ", ".join(facts + ["full"] * (not has_room)), has_room
 
 
 def _children(config: "Config") -> dict[str, dict[str, Any]]:

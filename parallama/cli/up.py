@@ -19,14 +19,15 @@ def up(config: ConfigPath = None) -> None:
     GET /healthz on the listen address answers 200 once it serves.
     """
     loaded = load_config(config)
-    asyncio.run(_check_database(loaded))
+    asyncio.run(check_database(loaded))
     sys.stdout.flush()
     # The supervisor lives for months: it need not carry what commands load.
     supervisor = [sys.executable, "-P", "-m", "parallama.supervisor", str(loaded.source)]
     os.execv(sys.executable, supervisor)  # noqa: S606
 
 
-async def _check_database(config: "Config") -> None:
+async def check_database(config: "Config") -> None:
+    """Raises ParallamaError where the services could not work with it."""
     from parallama.db import database
 
     async with database(config.database):

@@ -9,6 +9,8 @@ import typer
 
 from parallama.cli.desk import Desk, run
 from parallama.cli.options import ConfigPath, Output, OutputFormat, Since, Until, parse_past, split
+from parallama.cli.prune import prune
+from parallama.cli.reconcile import reconcile
 from parallama.cli.show import Printer, note, show_rows
 from parallama.errors import UsageError
 
@@ -21,9 +23,12 @@ app = typer.Typer(name="usage", help="What was used.", no_args_is_help=True)
 _TABLE_ROWS = 50
 _COLUMNS = (
     "timestamp", "user", "gateway", "endpoint", "model_name", "prompt_tokens", "completion_tokens",
-    "token_source", "status_code", "aborted", "request_duration", "time_to_first_token",
+    "token_source", "status_code", "aborted", "request_duration", "time_to_first_token", "cost",
 )  # fmt: skip
-_SUMS = ("requests", "errors", "aborted", "prompt_tokens", "completion_tokens", "tokens_used")
+_SUMS = (
+    "requests", "errors", "aborted", "prompt_tokens", "completion_tokens", "tokens_used", "cost",
+    "without_cost",
+)  # fmt: skip
 
 User = Annotated[
     str | None, typer.Option(help="Only this user's, by name or id; also of a deleted one.")
@@ -66,7 +71,12 @@ def summary(
     config: ConfigPath = None,
     output: OutputFormat = Output.TABLE,
 ) -> None:
-    """Add up requests and tokens. Days are UTC."""
+    """
+    Add up requests, tokens and cost. Days are UTC.
+
+    WITHOUT COST says how many requests used tokens of a model that had no price: their cost is not
+    in the sum.
+    """
     groups = split(by) or []
 
     async def work(desk: Desk) -> tuple[list[str], list[dict[str, Any]]]:
@@ -99,6 +109,10 @@ def export(
     In CSV, text that a spreadsheet would take for a formula has a ' before it.
     """
     _print(config, _which(user, since, until), Printer(Output(output), ()), newest_first=False)
+
+
+app.command()(prune)
+app.command()(reconcile)
 
 
 def _print(

@@ -1,9 +1,9 @@
 """Which key is this? What authz asks."""
 
-import json
 from dataclasses import dataclass, field
+from datetime import datetime
 
-from parallama.db.store import Store, from_sqlite
+from parallama.db.store import Store
 from parallama.roles import Role
 
 _FIND_KEY = """
@@ -47,11 +47,11 @@ def _record(
     user_id: str,
     username: str,
     role: str,
-    disabled_at: str | None,
-    revoked_at: str | None,
-    expires_at: str | None,
-    models: str | None,
-    networks: str | None,
+    disabled_at: datetime | None,
+    revoked_at: datetime | None,
+    expires_at: datetime | None,
+    models: list[str] | None,
+    networks: list[str] | None,
 ) -> KeyRecord:
     """The columns of _FIND_KEY, in its order."""
     return KeyRecord(
@@ -64,7 +64,13 @@ def _record(
         role=Role(role),
         user_disabled=disabled_at is not None,
         revoked=revoked_at is not None,
-        expires_at=None if expires_at is None else from_sqlite(expires_at).timestamp(),
-        models=None if models is None else tuple(json.loads(models)),
-        networks=None if networks is None else tuple(json.loads(networks)),
+        expires_at=None if expires_at is None else expires_at.timestamp(),
+        models=None if models is None else tuple(models),
+        networks=None if networks is None else tuple(networks),
     )
+
+
+async def name_of(store: Store, user_id: str) -> str | None:
+    """A user's name by id; None where the user is gone."""
+    rows = await store.read("SELECT username FROM users WHERE id = ?", (user_id,))
+    return str(rows[0][0]) if rows else None

@@ -1,13 +1,19 @@
 """A row for each request, written once. What usage_sink does."""
 
+import asyncio
 import math
 import os
 import time
-from collections.abc import Sequence
-from operator import attrgetter
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from operator import attrgetter, itemgetter
 from typing import Any
 
-from parallama.db.store import Store, to_sqlite
+from parallama.db import months
+from parallama.db.names import looks_like_id
+from parallama.db.store import NoPartition, Refused, Store
 from parallama.usage import UsageRecord
 
 _FIELDS = tuple(UsageRecord.__slots__)
@@ -15,48 +21,289 @@ COLUMNS = tuple("gateway_type" if field == "gateway" else field for field in _FI
 """The columns of gateway_usage_logs that hold a record, in the order of its fields."""
 
 _values_of = attrgetter(*_FIELDS)
-_TIMESTAMP, _KEY = _FIELDS.index("timestamp"), _FIELDS.index("key_id")
 _LARGEST = 2**63 - 1
 _VARIANT = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))
 
-_ADD = f"""
-INSERT INTO gateway_usage_logs (id, {", ".join(COLUMNS)})
-VALUES (?{", ?" * len(COLUMNS)})
-ON CONFLICT (request_id) DO NOTHING
+_PRUNE_ROWS = 2000
+
+_ALL = ("id", *COLUMNS)
+_REQUEST, _TIME, _KEY = (_ALL.index(name) for name in ("request_id", "timestamp", "key_id"))
+_TYPES = {
+    "id": "uuid",
+    "timestamp": "timestamptz",
+    **dict.fromkeys(
+        ("prompt_tokens", "completion_tokens", "cached_tokens", "tokens_used", "status_code"),
+        "bigint",
+    ),
+    **dict.fromkeys(("streamed", "finished", "aborted"), "boolean"),
+    **dict.fromkeys(("request_duration", "time_to_first_token", "compute_ms"), "float8"),
+    "cost": "numeric",
+}
+_FLOATS = tuple(_ALL.index(name) for name, kind in _TYPES.items() if kind == "float8")
+
+_INTO = f"INSERT INTO gateway_usage_logs ({', '.join(_ALL)})"
+
+# Row by row. Within one process SQLite does nothing faster.
+_ADD = f"{_INTO} VALUES (?{', ?' * len(COLUMNS)}) ON CONFLICT (request_id) DO NOTHING"
+_REPLACE = "DELETE FROM gateway_usage_logs WHERE request_id = ? AND token_source = 'unknown'"
+
+# How far the time of a lost row may be from that of the request it stands for.
+_APART = "INTERVAL '1 day'"
+
+# Column by column: half the work, for us and for PostgreSQL, of row by row.
+_GIVEN = "unnest({})".format(", ".join(f"?::{_TYPES.get(name, 'text')}[]" for name in _ALL))
+_ADD_COLUMNS = f"{_INTO} SELECT * FROM {_GIVEN} ON CONFLICT DO NOTHING"  # noqa: S608 - our names
+_REPLACE_COLUMNS = f"""
+DELETE FROM gateway_usage_logs
+WHERE request_id = ANY(?::text[]) AND token_source = 'unknown'
+  AND timestamp BETWEEN ?::timestamptz - {_APART} AND ?::timestamptz + {_APART}
+"""  # noqa: S608 - our own words
+# Its unique constraint has the time in it, so here a lost row needs to look for the real one. The
+# lock makes it wait for those who are just adding that, and makes others wait until it is there.
+_LOCK_OUT = "LOCK TABLE gateway_usage_logs IN SHARE ROW EXCLUSIVE MODE"
+_ADD_LOST_COLUMNS = f"""
+{_INTO}
+SELECT * FROM {_GIVEN} AS given ({", ".join(_ALL)})
+WHERE NOT EXISTS (
+  SELECT 1 FROM gateway_usage_logs AS stored
+  WHERE stored.request_id = given.request_id
+    AND stored.timestamp BETWEEN given.timestamp - {_APART} AND given.timestamp + {_APART}
+)
+ON CONFLICT DO NOTHING
 """  # noqa: S608 - our own column names
+
 _USED = """
 UPDATE api_keys SET last_used_at = ?
 WHERE id = ? AND (last_used_at IS NULL OR last_used_at < ?)
 """
+_SUMS = """
+SELECT gateway_type, model_name, key_id, COUNT(*), SUM(tokens_used),
+       SUM(COALESCE(compute_ms, request_duration * 1000)),
+       SUM(cost) AS "cost [money]"
+FROM gateway_usage_logs
+WHERE user_id = ? AND timestamp >= ? AND endpoint IN ({})
+  AND ',' || flags || ',' NOT LIKE '%,RL,%'
+  AND ',' || flags || ',' NOT LIKE '%,UAEX,%'
+  AND ',' || flags || ',' NOT LIKE '%,RLSE,%'
+GROUP BY gateway_type, model_name, key_id
+"""
+_SPENT = """
+SELECT request_id, tokens_used, COALESCE(compute_ms, request_duration * 1000),
+       cost AS "cost [money]"
+FROM gateway_usage_logs
+WHERE request_id IN ({}) AND timestamp >= ? AND token_source <> 'unknown'
+"""
+_STORED = "SELECT request_id FROM gateway_usage_logs WHERE user_id = ? AND timestamp >= ?"
+_COUNT = "SELECT COUNT(*) FROM gateway_usage_logs WHERE timestamp >= ? AND timestamp < ?"
+_OLDEST = "SELECT timestamp FROM gateway_usage_logs WHERE timestamp >= ? ORDER BY timestamp LIMIT 1"
+_PRUNE = """
+DELETE FROM gateway_usage_logs WHERE timestamp < ? AND id IN (
+  SELECT id FROM gateway_usage_logs WHERE timestamp < ? ORDER BY timestamp LIMIT ?
+)
+"""
+
+_Row = tuple[Any, ...]
 
 
-async def add(store: Store, records: Sequence[UsageRecord]) -> int:
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What became of a batch. Rows that were there already are in neither."""
+
+    stored: int
+    refused: tuple[tuple[UsageRecord, str], ...]
+    """Rows that the database takes at no time, each with the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """Sums of what was admitted."""
+
+    gateway: str
+    model_name: str | None
+    key_id: str | None
+    requests: int
+    tokens: int
+    compute_ms: float
+    cost: Decimal
+
+
+async def add(store: Store, records: Sequence[UsageRecord]) -> Added:
     """
-    Store what is not stored yet, all or nothing, and return how many rows that were.
+    Store what is not stored yet. A lost row of the same request gives way to the real one.
 
-    One unstorable value must not hold back its batch for ever, so it is made storable: a number
-    too large becomes the largest, text that is not Unicode gets replacement characters.
+    Safe to repeat. One unstorable value must not hold back its batch for ever, so it is made
+    storable: a number too large becomes the largest, text that is not Unicode gets replacement
+    characters. Rows that are refused all the same are returned, and the others stored.
+
+    Raises Unavailable or SchemaError: then repeat it with all of them.
     """
-    if not records:
-        return 0
-    rows = [list(_values_of(record)) for record in records]
+    return await _each_that_fits(store, records, _add)
+
+
+async def add_lost(store: Store, records: Sequence[UsageRecord]) -> int:
+    """
+    Store these, whose end nobody told, where no row of their request is there within a day.
+
+    Returns how many that were. What would be refused is left out. Raises as `add` does.
+    """
+    return (await _each_that_fits(store, records, _add_lost)).stored
+
+
+async def used_since(
+    store: Store, user_id: str, since: datetime, *, endpoints: Collection[str]
+) -> list[Used]:
+    """Calls of these endpoints that were admitted: neither unauthorised nor refused by a limit."""
+    query = _SUMS.format(", ".join("?" * len(endpoints)))
+    rows = await store.read(query, (user_id, since, *endpoints)) if endpoints else []
+    return [
+        Used(gateway, model, key, requests, int(tokens), compute or 0.0, cost or Decimal(0))
+        for gateway, model, key, requests, tokens, compute, cost in rows
+    ]
+
+
+async def spent_by(
+    store: Store, request_ids: Sequence[str], since: datetime
+) -> dict[str, tuple[int, float, Decimal]]:
+    """Tokens, milliseconds of computing and cost of those that have a row of their own."""
+    query = _SPENT.format(", ".join("?" * len(request_ids)))
+    rows = await store.read(query, (*request_ids, since)) if request_ids else []
+    return {id: (tokens, compute or 0.0, cost or Decimal(0)) for id, tokens, compute, cost in rows}
+
+
+async def stored_ids(store: Store, user_id: str, since: datetime) -> list[str]:
+    """The requests of this user that have a row."""
+    return [id for (id,) in await store.read(_STORED, (user_id, since))]
+
+
+async def count_before(store: Store, before: datetime) -> int:
+    """How many rows `prune` would remove."""
+    first = datetime(months.FIRST_YEAR, 1, 1, tzinfo=UTC)
+    ((far_off,),) = await store.read(_COUNT, (datetime.min.replace(tzinfo=UTC), min(first, before)))
+    oldest = await store.read(_OLDEST, (first,))
+    return int(far_off) + (await _count(store, oldest[0][0], before) if oldest else 0)
+
+
+async def prune(store: Store, before: datetime) -> int:
+    """
+    Remove rows that are older, and return how many.
+
+    Others can write meanwhile. Raises Unavailable or SchemaError; what is removed stays so.
+    """
+    removed = await _drop_months(store, before) if store.dialect == "postgresql" else 0
+    while True:
+        began = time.monotonic()
+        (found,) = await store.write((_PRUNE, [(before, before, _PRUNE_ROWS)]))
+        removed += found
+        if found < _PRUNE_ROWS:
+            return removed
+        await asyncio.sleep(time.monotonic() - began)  # the others' turn
+
+
+async def _drop_months(store: Store, before: datetime) -> int:
+    removed = 0
+    for (name,) in await store.read(months.LIST):
+        month = months.month_of(name)
+        if month is not None and months.after(month) <= before:
+            removed += await _count(store, month, months.after(month))
+            await store.write((f"DROP TABLE IF EXISTS {name}", [()]))
+    return removed
+
+
+async def _count(store: Store, start: datetime, end: datetime) -> int:
+    """Day by day: no question takes long, however many rows there are."""
+    total = 0
+    while start < end:
+        until = min(start + timedelta(days=1), end)
+        ((found,),) = await store.read(_COUNT, (start, until))
+        total += found
+        start = until
+    return total
+
+
+async def _each_that_fits(
+    store: Store,
+    records: Sequence[UsageRecord],
+    write: Callable[[Store, Sequence[_Row]], Awaitable[int]],
+) -> Added:
+    """Write all; if that is refused, the halves, and so on to the rows that cannot be written."""
+    rows = [
+        (id, *_finite(_values_of(record)))
+        for id, record in zip(_ids(len(records)), records, strict=True)
+    ]
+    refused: list[tuple[UsageRecord, str]] = []
+
+    async def attempt(start: int, end: int) -> int:
+        if start == end:
+            return 0
+        try:
+            return await write(store, rows[start:end])
+        except Refused as error:
+            if end - start == 1:
+                refused.append((records[start], str(error)))
+                return 0
+        middle = (start + end) // 2
+        return await attempt(start, middle) + await attempt(middle, end)
+
     try:
-        return await _add(store, rows)
-    except (OverflowError, UnicodeEncodeError):
-        return await _add(store, [list(map(_storable, row)) for row in rows])
+        return Added(await write(store, rows) if rows else 0, ())
+    except Refused:
+        rows = [tuple(map(_storable, row)) for row in rows]
+        stored = await attempt(0, len(rows))
+        return Added(stored, tuple(refused))
 
 
-async def _add(store: Store, rows: list[list[Any]]) -> int:
-    newest: dict[str, str] = {}
-    stored = []
-    for id, row in zip(_ids(len(rows)), rows, strict=True):
-        at, key = to_sqlite(row[_TIMESTAMP]), row[_KEY]
-        stored.append((id, *row[:_TIMESTAMP], at, *row[_TIMESTAMP + 1 :]))
-        if key is not None and newest.get(key, "") < at:
-            newest[key] = at
-    used = [(at, key, at) for key, at in newest.items()]
-    added, _ = await store.write((_ADD, stored), (_USED, used))
+async def _add(store: Store, rows: Sequence[_Row]) -> int:
+    ids = [row[_REQUEST] for row in rows]
+    if store.dialect == "sqlite":
+        work = [(_REPLACE, [(id,) for id in ids]), (_ADD, rows)]
+    else:
+        times = [row[_TIME] for row in rows]
+        work = [
+            (_REPLACE_COLUMNS, [(ids, min(times), max(times))]),
+            (_ADD_COLUMNS, [_columns(rows)]),
+        ]
+    _, added, _ = await _write(store, rows, *work, (_USED, _last_uses(rows)))
     return added
+
+
+async def _add_lost(store: Store, rows: Sequence[_Row]) -> int:
+    if store.dialect == "sqlite":
+        (added,) = await _write(store, rows, (_ADD, rows))
+        return added
+    work = [(_LOCK_OUT, [()]), (_ADD_LOST_COLUMNS, [_columns(rows)])]
+    _, added = await _write(store, rows, *work)
+    return added
+
+
+async def _write(
+    store: Store, rows: Sequence[_Row], *work: tuple[str, Sequence[Sequence[Any]]]
+) -> list[int]:
+    try:
+        return await store.write(*work)
+    except NoPartition:
+        for month in {months.start_of(row[_TIME]) for row in rows}:
+            if months.FIRST_YEAR <= month.year < months.END_YEAR:
+                await store.write((months.make(month), [()]))
+        return await store.write(*work)
+
+
+def _columns(rows: Sequence[_Row]) -> _Row:
+    # In one order: two writers with the same requests would otherwise wait for each other.
+    rows = sorted(rows, key=itemgetter(_REQUEST))
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    for at in _FLOATS:  # the driver takes no whole numbers among them
+        columns[at] = [None if value is None else float(value) for value in columns[at]]
+    return tuple(columns)
+
+
+def _last_uses(rows: Sequence[_Row]) -> list[_Row]:
+    newest: dict[str, datetime] = {}
+    for row in rows:
+        at, key = row[_TIME], row[_KEY]
+        if key is not None and (key not in newest or newest[key] < at):
+            newest[key] = at
+    # In one order, as above.
+    return [(newest[key], key, newest[key]) for key in sorted(newest) if looks_like_id(key)]
 
 
 def _ids(count: int) -> list[str]:
@@ -72,6 +319,18 @@ def _ids(count: int) -> list[str]:
         f"{at}-7{n[:3]}-{_VARIANT[n[3]]}{n[4:7]}-{n[7:19]}"
         for n in (noise[i : i + 20] for i in range(0, 20 * count, 20))
     ]
+
+
+_DURATIONS = tuple(
+    _FIELDS.index(name) for name in ("request_duration", "time_to_first_token", "compute_ms")
+)
+
+
+def _finite(values: _Row) -> _Row:
+    """What is no number is not known; it would make every sum that it is in one, too."""
+    if math.isfinite(sum(values[at] or 0.0 for at in _DURATIONS)):
+        return values
+    return tuple(map(_storable, values))
 
 
 def _storable(value: Any) -> Any:

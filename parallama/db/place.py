@@ -1,4 +1,4 @@
-"""Where the database is, and its errors in words that say what to do."""
+"""Where the SQLite file is, and its errors in words that say what to do."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -26,8 +26,6 @@ def sqlite_file(settings: Database, *, create: bool = False) -> Path:
     With `create`, one that is not there is made. Without, that is an error: a service with a wrong
     path would otherwise start on a database that knows nobody.
     """
-    if not settings.sqlite:
-        raise ParallamaError("PostgreSQL is served by a later version; set database.path")
     path = settings.path
     with explained(str(path)):
         if not path.parent.is_dir():

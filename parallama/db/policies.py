@@ -1,10 +1,13 @@
-"""Which limits does this user have? What ratelimit asks."""
+"""Which limits and grants does this user have? What ratelimit asks."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
 from types import MappingProxyType
 
 from parallama.db.store import Store
-from parallama.limits import Limit, Unit, Window, merge
+from parallama.limits import Grant, Limit, Unit, Window, merge
 
 Cell = tuple[Unit, Window]
 
@@ -13,27 +16,91 @@ COLUMNS: Mapping[Cell, str] = MappingProxyType(
         (Unit.REQUESTS, Window.MINUTE): "request_limit_minute",
         (Unit.REQUESTS, Window.HOUR): "request_limit_hourly",
         (Unit.REQUESTS, Window.DAY): "request_limit_daily",
+        (Unit.REQUESTS, Window.MONTH): "request_limit_monthly",
         (Unit.TOKENS, Window.MINUTE): "token_limit_minute",
         (Unit.TOKENS, Window.HOUR): "token_limit_hourly",
         (Unit.TOKENS, Window.DAY): "token_limit_daily",
+        (Unit.TOKENS, Window.MONTH): "token_limit_monthly",
+        (Unit.COMPUTE_SECONDS, Window.MINUTE): "compute_limit_minute",
+        (Unit.COMPUTE_SECONDS, Window.HOUR): "compute_limit_hourly",
+        (Unit.COMPUTE_SECONDS, Window.DAY): "compute_limit_daily",
+        (Unit.COMPUTE_SECONDS, Window.MONTH): "compute_limit_monthly",
+        (Unit.COST, Window.DAY): "cost_limit_daily",
+        (Unit.COST, Window.MONTH): "cost_limit_monthly",
+        (Unit.CONCURRENT, Window.MOMENT): "concurrent_limit",
     }
 )
 
+_AMOUNTS = ", ".join(
+    f'l.{name} AS "{name} [money]"' if unit is Unit.COST else f"l.{name}"
+    for (unit, _), name in COLUMNS.items()
+)
 _LIMITS_OF = f"""
-SELECT l.role, l.gateway_type, l.model, {", ".join(f"l.{name}" for name in COLUMNS.values())}
-FROM users AS u JOIN gateway_rate_limits AS l ON l.user_id = u.id OR l.role = u.role
+SELECT l.role, l.key_id, l.shadow, l.gateway_type, l.model, {_AMOUNTS}
+FROM users AS u
+JOIN gateway_rate_limits AS l
+  ON l.user_id = u.id OR l.role = u.role
+  OR l.key_id IN (SELECT k.id FROM api_keys AS k WHERE k.user_id = u.id)
 WHERE u.id = ?
 ORDER BY l.gateway_type, l.model
 """  # noqa: S608 - our own column names
+_GRANTS_OF = """
+SELECT id, gateway_type, model, unit, amount, cost AS "cost [money]", created_at, expires_at
+FROM limit_grants
+WHERE user_id = ?
+ORDER BY expires_at, id
+"""
 
 
-async def limits_of(store: Store, user_id: str) -> tuple[Limit, ...]:
-    """What counts for this user: the role's defaults, cell by cell replaced by the user's own."""
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """All that decides how much a user may use. Grants that end soon come first."""
+
+    limits: tuple[Limit, ...]
+    grants: tuple[Grant, ...]
+
+
+async def policy_of(store: Store, user_id: str) -> Policy:
+    """
+    What counts for this user: the role's defaults, cell by cell replaced by the user's own, and
+    what the user's keys are limited to besides.
+    """
     defaults: list[Limit] = []
     own: list[Limit] = []
-    for role, gateway, model, *amounts in await store.read(_LIMITS_OF, (user_id,)):
+    for role, key, shadow, gateway, model, *amounts in await store.read(_LIMITS_OF, (user_id,)):
         limits = own if role is None else defaults
         for (unit, window), amount in zip(COLUMNS, amounts, strict=True):
             if amount is not None:
-                limits.append(Limit(gateway, model, unit, window, amount))
-    return merge(defaults, own)
+                parts = amount_in_parts(unit, amount)
+                limits.append(Limit(gateway, model, unit, window, parts, key or "", shadow))
+    grants = [_grant(*row) for row in await store.read(_GRANTS_OF, (user_id,))]
+    return Policy(merge(defaults, own), tuple(grants))
+
+
+def amount_in_parts(unit: Unit, amount: int | Decimal) -> int:
+    """An amount in the parts that are counted; what is finer than a part is left out."""
+    return int(amount * unit.parts)
+
+
+def _grant(
+    id: str,
+    gateway: str,
+    model: str,
+    unit: str,
+    amount: int | None,
+    cost: Decimal | None,
+    created_at: datetime,
+    expires_at: datetime,
+) -> Grant:
+    """The columns of _GRANTS_OF, in its order."""
+    kind = Unit(unit)
+    stored = cost if amount is None else amount
+    return Grant(
+        id=id,
+        gateway=gateway,
+        model=model,
+        unit=kind,
+        amount=amount_in_parts(kind, stored or 0),
+        created_at=created_at.timestamp(),
+        expires_at=expires_at.timestamp(),
+    )

@@ -2,7 +2,7 @@
 
 from parallama.errors import SchemaError
 
-REVISIONS = ("0001",)
+REVISIONS = ("0001", "0002")
 HEAD = REVISIONS[-1]
 
 

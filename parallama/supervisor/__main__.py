@@ -5,7 +5,6 @@ import asyncio
 import logging
 import os
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,7 +14,9 @@ from parallama import logs
 from parallama.config import Config, load
 from parallama.errors import ParallamaError
 from parallama.stores import socket_path, valkey_socket
-from parallama.supervisor import folder
+from parallama.supervisor import control, folder
+from parallama.supervisor.address import address, check_free
+from parallama.supervisor.alone import EnvoyAlone
 from parallama.supervisor.chain import Chain
 
 log = logging.getLogger("parallama.up")
@@ -24,11 +25,11 @@ log = logging.getLogger("parallama.up")
 _LEFT_OVER_SECONDS = 15.0
 
 
-async def run(config: Config, lock: int, welcome: str) -> None:
+async def run(config: Config, lock: int, welcome: str, kind: type[Chain] = Chain) -> None:
     """
     Serve until SIGTERM, SIGINT or the end of the terminal; a second signal cuts running requests.
 
-    SIGHUP reloads upstream and routes.
+    SIGHUP reloads upstream and routes; `control` asks for new processes.
     """
     stop, hurry, reload = asyncio.Event(), asyncio.Event(), asyncio.Event()
     on_terminal = sys.stdin is not None and sys.stdin.isatty()
@@ -47,23 +48,25 @@ async def run(config: Config, lock: int, welcome: str) -> None:
         loop.add_signal_handler(signum, on_stop)
     loop.add_signal_handler(signal.SIGHUP, on_hangup)
     async with asyncio.TaskGroup() as tasks:
-        chain = Chain(config, tasks, lock)
-        serving = asyncio.create_task(_serve(chain, reload, welcome))
-        stopping = asyncio.create_task(stop.wait())
-        try:
-            await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
-            if serving.done():
-                serving.result()
-        finally:
-            stopping.cancel()
-            serving.cancel()
-            await chain.stop(hurry)
+        chain = kind(config, tasks, lock, hurry)
+        path = socket_path(config.run_dir / control.NAME)
+        async with control.listening(path, chain.restart):
+            serving = asyncio.create_task(_serve(chain, reload, welcome))
+            stopping = asyncio.create_task(stop.wait())
+            try:
+                await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+                if serving.done():
+                    serving.result()
+            finally:
+                stopping.cancel()
+                serving.cancel()
+                await chain.stop()
     log.info("stopped")
 
 
 async def _serve(chain: Chain, reload: asyncio.Event, welcome: str) -> None:
     await chain.start()
-    log.info("serving", extra={"listen": f"http://{_listen(chain.config)}"})
+    log.info("serving", extra={"listen": f"http://{address(chain.config)}"})
     print(welcome, end="", flush=True)
     while True:
         await reload.wait()
@@ -71,28 +74,11 @@ async def _serve(chain: Chain, reload: asyncio.Event, welcome: str) -> None:
         await chain.reload()
 
 
-def _listen(config: Config) -> str:
-    host = config.server.host
-    return f"[{host}]:{config.server.port}" if ":" in host else f"{host}:{config.server.port}"
-
-
-def _check_port(config: Config) -> None:
-    family = socket.AF_INET6 if ":" in config.server.host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((config.server.host, config.server.port))
-        except OSError as error:
-            raise ParallamaError(
-                f"cannot listen on {_listen(config)} ({error.strerror}): stop what uses it, or set"
-                " server.host and server.port (PARALLAMA_SERVER__PORT in the environment)"
-            ) from error
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="parallama up")
     parser.add_argument("config", type=Path)
     parser.add_argument("--welcome", type=Path, help="a text to show once everything serves")
+    parser.add_argument("--envoy-alone", action="store_true")
     told = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while nothing runs, Ctrl-C needs no traceback
     problems: list[BaseException] = []
@@ -100,14 +86,15 @@ def main() -> None:
         config = load(told.config, os.environ)
         logs.configure(config.logging, service="up")
         welcome = told.welcome.read_text(encoding="utf-8") if told.welcome else ""
-        if config.redis.embedded:
+        if config.redis.embedded and not told.envoy_alone:
             # The services run in state_dir, where the name is short. Commands run anywhere.
             os.chdir("/")
             socket_path(valkey_socket(config))
         with folder.claim(config.state_dir, wait_seconds=_LEFT_OVER_SECONDS) as lock:
             os.chdir(config.state_dir)
-            _check_port(config)
-            asyncio.run(run(config, lock, welcome))
+            check_free(config)
+            kind = EnvoyAlone if told.envoy_alone else Chain
+            asyncio.run(run(config, lock, welcome, kind))
     except* (ParallamaError, OSError) as errors:
         problems = list(_leaves(errors))
     for problem in problems:

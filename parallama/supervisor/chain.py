@@ -1,27 +1,30 @@
-"""Everything `up` runs: started in order, reloaded, stopped in the reverse order."""
+"""Everything `up` runs: started in order, reloaded, replaced, stopped in the reverse order."""
 
 import asyncio
 import logging
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from parallama.config import Config, load
 from parallama.errors import ParallamaError
-from parallama.stores import socket_path
-from parallama.supervisor import children, envoy_admin, envoy_files, folder
+from parallama.supervisor import children, folder
 from parallama.supervisor.child import Child, Command
+from parallama.supervisor.envoys import Envoys
 
 log = logging.getLogger("parallama.up")
 
-_ENVOYS_WORDS = 800
+REPLACEABLE = (*children.SERVICES, "envoy")
+"""Of which a new process can take the place of the old one while requests run."""
 
 
 @dataclass
 class Chain:
     """
-    Envoy and what it needs, as children. `lock` is a file descriptor that they keep open.
+    Envoy and what it needs, as children. `lock` is a file descriptor that they keep open. Once
+    `hurry` is set, nothing waits for running requests any more.
 
     Runs in state_dir: the names of unix sockets are short from there.
     """
@@ -29,87 +32,185 @@ class Chain:
     config: Config
     tasks: asyncio.TaskGroup
     lock: int
+    hurry: asyncio.Event
     _children: dict[str, Child] = field(default_factory=dict)
-    _model_port: int | None = None
+    _beside: list[Child] = field(default_factory=list)  # come or go while their namesake serves
+    _serving: bool = False
+    _stopping: bool = False
+    _restart: "asyncio.Task[None] | None" = None
+    _goodbye: "asyncio.Task[None] | None" = None
+
+    def __post_init__(self) -> None:
+        self._envoys = Envoys(self.config, self.hurry)
 
     async def start(self) -> None:
         """Return when all serves; raises ParallamaError when something does not."""
         config = self.config
+        model = []
         if config.model.bundled:
-            self._model_port = config.model.port or children.free_port()
-        await self._place_envoy_files(config, envoy_files.STARTING)
+            port = self._envoys.model_port = config.model.port or children.free_port()
+            model = [children.model(config, port)]
+        await self._envoys.place(config, starting=True)
         if config.redis.embedded:
             with folder.writing(config.state_dir):
                 valkey = children.valkey(config)
             await self._start([valkey])
         services = [children.service(name, config) for name in children.SERVICES]
-        model = [] if self._model_port is None else [children.model(config, self._model_port)]
         await self._start([*services, *model])
-        await self._start([children.envoy(config)])
+        await self._start_envoy()
+
+    async def _start_envoy(self) -> None:
+        """The last of all."""
+        await self._start([await self._envoys.first()])
+        self._serving = True
 
     async def reload(self) -> None:
         """Give Envoy the upstream and the routes as they are now; on error it keeps the old."""
         try:
             config = load(self.config.source, os.environ)
-            await self._place_envoy_files(config, envoy_files.RELOADING)
+            await self._envoys.place(config, starting=False)
         except ParallamaError as error:
             log.error("reload refused, nothing changed", extra={"cause": str(error)})
             return
         log.info("upstream and routes reloaded")
-        if _without_upstream(config) != _without_upstream(self.config) or envoy_files.waiting(
-            self._checked, self.config.state_dir / "envoy"
-        ):
+        changed = _without_upstream(config) != _without_upstream(self.config)
+        if changed or self._envoys.waiting:
             log.warning("what else changed needs a restart")
 
-    async def stop(self, hurry: asyncio.Event) -> None:
+    async def restart(self, names: Sequence[str], done: Callable[[str], None]) -> None:
+        """
+        Put a new process in the place of each, or of all where none is named, one after the other;
+        `done` hears of each.
+
+        Returns when the old ones have ended. Raises ParallamaError; what was not done by then goes
+        on as it was.
+        """
+        if self._stopping or not self._serving:
+            raise ParallamaError(f"`up` is {'stopping' if self._stopping else 'still starting'}")
+        if self._restart is not None:
+            raise ParallamaError("another restart is under way: try again when it has ended")
+        here = [name for name in REPLACEABLE if name in self._children]
+        if unknown := set(names) - set(here):
+            raise ParallamaError(
+                f"{', '.join(sorted(unknown))} cannot be restarted here, only {', '.join(here)}"
+            )
+        wanted = [name for name in here if name in names or not names]
+        self._restart = asyncio.create_task(self._replace_all(wanted, done))
+        try:
+            await asyncio.wait((self._restart,))
+            if self._restart.cancelled():
+                raise ParallamaError("`up` was told to stop in the middle of it")
+            self._restart.result()
+        finally:
+            self._restart = None
+
+    async def stop(self) -> None:
         """Let requests end within drain_seconds, store their rows, end the children."""
+        self._stopping = True
+        if self._restart is not None:
+            self._restart.cancel()
+            await asyncio.wait((self._restart,))
+        coming = [child for child in self._beside if child.state in ("waiting", "starting")]
+        await asyncio.gather(*(child.stop() for child in coming))
+        goodbye = [] if self._goodbye is None else [self._goodbye]
         envoy = self._children.get("envoy")
         if envoy is not None and envoy.state == "serving":
-            await self._drain(hurry)
+            await asyncio.gather(self._envoys.drain(envoy), *goodbye)
         await self._stop(["envoy"])
         await self._stop(children.SERVICES)
         await self._stop([name for name in self._children])
+        self._envoys.forget()
 
     async def _start(self, commands: Sequence[Command]) -> None:
         begun = []
         for command in commands:
-            log.info("starting", extra={"child": command.name})
-            child = Child(command, on_change=self._tell, keep_open=(self.lock,))
+            child = self._begin(command)
             self._children[command.name] = child
-            self.tasks.create_task(child.run(), name=command.name)
             begun.append(child)
         await asyncio.gather(*(child.serving() for child in begun))
 
+    def _begin(self, command: Command) -> Child:
+        log.info("starting", extra={"child": command.name})
+        child = Child(command, on_change=self._tell, keep_open=(self.lock,))
+        self.tasks.create_task(child.run(), name=command.name)
+        return child
+
     async def _stop(self, names: Sequence[str]) -> None:
-        await asyncio.gather(*(self._children[at].stop() for at in names if at in self._children))
+        everybody = [*self._children.values(), *self._beside]
+        await asyncio.gather(*(child.stop() for child in everybody if child.command.name in names))
 
-    async def _drain(self, hurry: asyncio.Event) -> None:
-        seconds = self.config.shutdown.drain_seconds
-        log.info("stopping", extra={"requests_may_take_s": seconds})
-        admin = socket_path(self.config.run_dir / "envoy-admin.sock")
+    # One in the place of another.
+
+    async def _replace_all(self, names: Sequence[str], done: Callable[[str], None]) -> None:
+        config = self._as_it_is_now()
+        for name in names:
+            if name == "envoy":
+                await self._replace_envoy(config, done)
+            else:
+                await self._replace_service(name, config, done)
+        if {*REPLACEABLE} & {*self._children} <= {*names}:
+            self.config = config
+
+    def _as_it_is_now(self) -> Config:
+        """What new processes will read. Raises ParallamaError where the others cannot follow."""
+        old, new = self.config, load(self.config.source, os.environ)
+        changed = [at for at in ("state_dir", "model") if getattr(old, at) != getattr(new, at)]
+        if old.redis != new.redis and (old.redis.embedded or new.redis.embedded):
+            changed.append("redis")
+        if changed:
+            raise ParallamaError(
+                f"{', '.join(changed)} changed in {new.source}: that needs a stop and a start"
+            )
+        return new
+
+    async def _replace_service(
+        self, name: str, config: Config, done: Callable[[str], None]
+    ) -> None:
+        async def goes_on(old: Child) -> bool:
+            return old.pid is not None and await old.command.ready(old.pid)
+
+        old = await self._replace(children.service(name, config), goes_on)
+        done(name)
+        await old.stop()
+        self._beside.remove(old)
+
+    async def _replace_envoy(self, config: Config, done: Callable[[str], None]) -> None:
+        command = await self._envoys.next(config, self._children["envoy"])
+        old = await self._replace(command, self._envoys.goes_on)
+        seen_off = self._envoys.see_off(old, self._children["envoy"], config)
+        self._goodbye = self.tasks.create_task(seen_off)
+        done("envoy")
+        await asyncio.shield(self._goodbye)
+        self._beside.remove(old)
+
+    async def _replace(
+        self, command: Command, goes_on: Callable[[Child], Awaitable[bool]]
+    ) -> Child:
+        """The child that has served until now. It still runs, and is not started again."""
+        name = command.name
+        old = self._children[name]
+        old.hold()
+        new = self._begin(command)
+        self._beside.append(new)
         try:
-            done = await envoy_admin.drain(admin, Path("envoy"), seconds=seconds, hurry=hurry)
-        except OSError as error:
-            log.warning("envoy could not be drained", extra={"cause": str(error) or repr(error)})
-        else:
-            if not done:
-                log.warning("requests cut")
-
-    async def _place_envoy_files(self, config: Config, names: Sequence[str]) -> None:
-        """Write them, have Envoy check all of them, and only then put them in their place."""
-        upstream = config.api_gateways.ollama.upstream()
-        if self._model_port is not None:
-            upstream = ("http", "127.0.0.1", self._model_port)
-        state_dir = self.config.state_dir
-        with folder.writing(state_dir):
-            envoy_files.write(config, upstream, self._checked)
-        await _check(self._checked)
-        with folder.writing(state_dir):
-            envoy_files.place(names, self._checked, state_dir / "envoy")
-
-    @property
-    def _checked(self) -> Path:
-        return self.config.state_dir / "check" / "envoy"
+            await new.serving()
+        except ParallamaError as error:
+            await new.stop()
+            self._beside.remove(new)
+            well = await goes_on(old)
+            if not well and old.pid is not None:
+                # The new one had taken its place already.
+                with suppress(ProcessLookupError):
+                    os.kill(old.pid, signal.SIGTERM)
+            old.release()
+            what = "the old process goes on" if well else "the old process starts anew"
+            raise ParallamaError(f"{what}: {error}") from error
+        self._beside.remove(new)
+        self._beside.append(old)
+        self._children[name] = new
+        self._tell()
+        log.info("restarted", extra={"child": name})
+        return old
 
     def _tell(self) -> None:
         folder.write_status(
@@ -129,21 +230,3 @@ class Chain:
 def _without_upstream(config: Config) -> Config:
     gateways = config.api_gateways.model_copy(update={"ollama": None})
     return config.model_copy(update={"api_gateways": gateways})
-
-
-async def _check(folder: Path) -> None:
-    whole = folder / envoy_files.WHOLE
-    process = await asyncio.create_subprocess_exec(
-        str(children.envoy_binary()),
-        *("--mode", "validate", "-c", f"{folder.name}/{whole.name}"),
-        *("--disable-hot-restart", "--log-level", "error", "--log-format", "%v"),
-        cwd=folder.parent,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    said, _ = await process.communicate()
-    if process.returncode:
-        # It may repeat the whole file.
-        words = said.decode(errors="replace").strip()[:_ENVOYS_WORDS]
-        raise ParallamaError(f"Envoy refuses its files, put together in {whole}:\n{words}")

@@ -30,18 +30,22 @@ _PR_SET_PDEATHSIG = 1
 @dataclass(frozen=True)
 class Command:
     """
-    What to run, and how to tell that it serves.
+    What to run, and how to tell that it serves, which `ready` is asked with its process id.
 
-    `death_signal` is what the kernel sends when the supervisor itself is killed: SIGTERM only to
-    those that have something to save and end by themselves in bounded time. `messages` says where
-    an operator finds what the child had to say.
+    `argv_again` is what to run once it has died, where that is something else. `keep_open` are file
+    descriptors for the first life. `death_signal` is
+    what the kernel sends when the supervisor itself is killed: SIGTERM only to those that have
+    something to save and end by themselves in bounded time. `messages` says where an operator finds
+    what the child had to say.
     """
 
     name: str
     argv: Sequence[str]
-    ready: Callable[[], Awaitable[bool]]
+    ready: Callable[[int], Awaitable[bool]]
     cwd: Path
     env: Mapping[str, str]
+    argv_again: Sequence[str] = ()
+    keep_open: Sequence[int] = ()
     start_seconds: float = 30.0
     stop_seconds: float = 10.0
     death_signal: signal.Signals = signal.SIGKILL
@@ -83,6 +87,10 @@ class Child:
     _settled: asyncio.Event = field(default_factory=asyncio.Event)
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
+    _free: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self._free.set()
 
     async def run(self) -> None:
         """Keep the child running; returns after `stop`, or when it does not even start."""
@@ -108,6 +116,13 @@ class Child:
             if self.last_exit is not None:
                 why = f"does not start ({self.last_exit})"
             raise ParallamaError(f"{name} {why}: its own messages are {self.command.messages}")
+
+    def hold(self) -> None:
+        """While it is held it is not started again: another one may take its place."""
+        self._free.clear()
+
+    def release(self) -> None:
+        self._free.set()
 
     async def stop(self) -> None:
         """SIGTERM, and SIGKILL where that is not enough; returns when it has ended."""
@@ -137,6 +152,15 @@ class Child:
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._stopping.wait()
+            await self._until_free()
+
+    async def _until_free(self) -> None:
+        waits = [asyncio.create_task(event.wait()) for event in (self._free, self._stopping)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in waits:
+                each.cancel()
 
     async def _once(self) -> str:
         """One life of the process; how it ended."""
@@ -146,7 +170,7 @@ class Child:
             return f"cannot be run: {error.strerror}"
         self.pid = process.pid
         self._become("starting")
-        watching = asyncio.create_task(self._until_ready())
+        watching = asyncio.create_task(self._until_ready(process.pid))
         ended = asyncio.create_task(process.wait())
         told = asyncio.create_task(self._stopping.wait())
         try:
@@ -171,14 +195,16 @@ class Child:
             if os.getppid() != parent:
                 os._exit(1)
 
+        again = self.command.argv_again if self.restarts else ()
+        inherited = () if self.restarts else self.command.keep_open
         return await asyncio.create_subprocess_exec(
-            *self.command.argv,
+            *(again or self.command.argv),
             cwd=self.command.cwd,
             env=dict(self.command.env),
             stdin=asyncio.subprocess.DEVNULL,
             # Ctrl-C is for the supervisor, which then stops its children in order.
             start_new_session=True,
-            pass_fds=self.keep_open,
+            pass_fds=(*self.keep_open, *inherited),
             preexec_fn=die_with_parent,
         )
 
@@ -193,8 +219,8 @@ class Child:
             with suppress(ProcessLookupError):
                 process.kill()
 
-    async def _until_ready(self) -> None:
-        while not await self.command.ready():  # noqa: ASYNC110  it is another process
+    async def _until_ready(self, pid: int) -> None:
+        while not await self.command.ready(pid):  # noqa: ASYNC110  it is another process
             await asyncio.sleep(_READY_POLL_SECONDS)
         self._become("serving")
         self._settled.set()

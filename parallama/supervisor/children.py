@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from parallama.errors import ParallamaError
 from parallama.stores import socket_path, valkey_socket
 from parallama.supervisor import envoy_admin
 from parallama.supervisor.child import Command
+from parallama.supervisor.hot_restart import Lineage
 
 SERVICES = ("authz", "ratelimit", "usage_sink")
 
@@ -45,8 +47,9 @@ def valkey(config: Config) -> Command:
         "unixsocket ../run/valkey.sock",  # seen from `dir`
         "unixsocketperm 700",
         "logfile valkey.log",
-        # Counters survive a restart.
-        "save 60 1",
+        # Counters survive kill -9: what was answered is in the file. A power cut may take a second.
+        "appendonly yes",
+        'save ""',
         # It leaves when told, also where the disk is full or the folder gone: it does not stay
         # behind, holding state_dir's lock, because counters could not be saved.
         "shutdown-on-sigterm force",
@@ -70,16 +73,20 @@ def valkey(config: Config) -> Command:
     )
 
 
-def envoy(config: Config) -> Command:
+def envoy(
+    config: Config, lineage: Lineage, epoch: int = 0, keep_open: Sequence[int] = ()
+) -> Command:
+    """Envoy; with an `epoch` it succeeds the one that runs, but it cannot when it has died."""
     host, port = config.server.host, config.server.port
     asked_at = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
-    return Command(
-        name="envoy",
-        argv=[
+    admin = socket_path(config.run_dir / "envoy-admin.sock")
+
+    def argv(epoch: int) -> list[str]:
+        return [
             str(envoy_binary()),
             "-c",
             "envoy/envoy.yaml",
-            "--disable-hot-restart",
+            *lineage.arguments(epoch, config.shutdown.drain_seconds),
             # Otherwise a misspelt name in a file that is edited while it runs would mean nothing.
             "--reject-unknown-dynamic-fields",
             "--concurrency",
@@ -90,11 +97,24 @@ def envoy(config: Config) -> Command:
             # after drain_seconds: see envoy_admin.drain.
             "--drain-time-s",
             "0",
-        ],
-        ready=partial(envoy_admin.answers_ok, asked_at, port, "/healthz"),
+            # What Envoy has of the trail in memory is all that is lost when it is killed.
+            "--file-flush-interval-msec",
+            "100",
+            "--file-flush-min-size-kb",
+            "16",
+        ]
+
+    return Command(
+        name="envoy",
+        argv=argv(epoch),
+        argv_again=argv(0),
+        keep_open=keep_open,
+        ready=partial(envoy_admin.lives, admin, asked_at, port),
         cwd=config.state_dir,
         env=os.environ,
         stop_seconds=5.0,
+        # It ends at once, and writes into the trail which requests it cuts.
+        death_signal=signal.SIGTERM,
     )
 
 

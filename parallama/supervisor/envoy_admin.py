@@ -2,18 +2,20 @@
 
 import asyncio
 import re
-from collections.abc import Awaitable
+import socket
+import struct
 from http import HTTPStatus
 from pathlib import Path
 
+from parallama.http1 import ask, exchange
 from parallama.supervisor import envoy_files
 
 _TIMEOUT_SECONDS = 5.0
 _POLL_SECONDS = 0.05
-# More than buffer_flush_interval in envoy.yaml, until which an access-log entry is not sent.
-_FLUSH_SECONDS = 0.25
+_PEER = struct.Struct("3i")  # process, user, group of who listens
 
-_Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+FLUSH_SECONDS = 0.25
+"""More than buffer_flush_interval in envoy.yaml, until which an access-log entry is not sent."""
 
 
 async def drain(admin: str, folder: Path, *, seconds: float, hurry: asyncio.Event) -> bool:
@@ -24,15 +26,15 @@ async def drain(admin: str, folder: Path, *, seconds: float, hurry: asyncio.Even
     False where some still ran after `seconds`, or when `hurry` was set: those were cut, and their
     log entries have left, too. Raises OSError where Envoy does not answer.
     """
-    await _ask(admin, "POST", "/healthcheck/fail")  # answers now say: connection: close
-    await _ask(admin, "POST", "/drain_listeners")
+    await ask(admin, "POST", "/healthcheck/fail")  # answers now say: connection: close
+    await ask(admin, "POST", "/drain_listeners")
     cut = 0
     if not await _wait_quiet(admin, seconds, hurry):
         cut, _ = await _requests(admin)
         envoy_files.close_listeners(folder)
         async with asyncio.timeout(_TIMEOUT_SECONDS):
             await _quiet(admin)
-    await _ask(admin, "POST", "/quitquitquit")
+    await ask(admin, "POST", "/quitquitquit")
     return cut == 0
 
 
@@ -57,59 +59,43 @@ async def _quiet(admin: str) -> None:
         if running == 0 and total == before:
             return
         before = total if running == 0 else None
-        await asyncio.sleep(_FLUSH_SECONDS if running == 0 else _POLL_SECONDS)
+        await asyncio.sleep(FLUSH_SECONDS if running == 0 else _POLL_SECONDS)
 
 
 async def _requests(admin: str) -> tuple[int, int]:
     """How many run, and how many there were; nothing is counted once the listeners are gone."""
     name = "http.gateway.downstream_rq_{}"
-    answer = await _ask(admin, "GET", f"/stats?filter=^{name.format('(active|total)')}$")
+    answer = await ask(admin, "GET", f"/stats?filter=^{name.format('(active|total)')}$")
     counts = dict(re.findall(r"downstream_rq_(active|total): (\d+)", answer))
     return int(counts.get("active", 0)), int(counts.get("total", 0))
 
 
-async def _ask(admin: str, method: str, path: str) -> str:
-    status, text = await _exchange(asyncio.open_unix_connection(admin), method, path)
-    if status != HTTPStatus.OK:
-        raise OSError(f"envoy's admin answered {status} to {path}")
-    return text
+async def lives(admin: str, host: str, port: int, pid: int) -> bool:
+    """Whether the Envoy with this process id takes requests, and the gateway is well."""
+    try:
+        if not await accepts(admin, pid):
+            return False
+        await ask(admin, "GET", "/ready")
+    except OSError:
+        return False
+    return await answers_ok(host, port, "/healthz", pid)
 
 
-async def answers_ok(host: str, port: int, path: str) -> bool:
+async def answers_ok(host: str, port: int, path: str, _: int) -> bool:
     """Whether GET `path` is answered with 200."""
     try:
-        status, _ = await _exchange(asyncio.open_connection(host, port), "GET", path)
+        status, _text = await exchange(asyncio.open_connection(host, port), "GET", path)
     except OSError:
         return False
     return status == HTTPStatus.OK
 
 
-async def accepts(path: str) -> bool:
-    """Whether somebody listens on a unix socket."""
+async def accepts(path: str, pid: int) -> bool:
+    """Whether the process with this id listens on a unix socket."""
     try:
         _, writer = await asyncio.open_unix_connection(path)
     except OSError:
         return False
+    peer = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     writer.close()
-    return True
-
-
-async def _exchange(opening: Awaitable[_Streams], method: str, path: str) -> tuple[int, str]:
-    """
-    Status and whole text of an answer, headers and framing included.
-
-    Raises OSError where there is none in time.
-    """
-    async with asyncio.timeout(_TIMEOUT_SECONDS):
-        reader, writer = await opening
-        try:
-            # Envoy takes no HTTP/1.0.
-            head = f"{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
-            writer.write(head.encode())
-            text = (await reader.read()).decode(errors="replace")
-        finally:
-            writer.close()
-    status = re.match(r"HTTP/1\.1 (\d{3}) ", text)
-    if status is None:
-        raise OSError(f"no HTTP answer to {path}")
-    return int(status[1]), text
+    return bool(pid == _PEER.unpack(peer)[0])

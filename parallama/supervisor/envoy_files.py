@@ -22,11 +22,20 @@ _CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 WHOLE = "whole.yaml"
 """All that Envoy is given, in one file: `--mode validate` does not follow envoy.yaml to others."""
 
-STARTING = ("lua", "envoy.yaml", "listeners.yaml", "clusters.yaml", "routes.yaml")
-"""What a starting Envoy reads."""
+_STARTING = ("lua", "envoy.yaml", "clusters.yaml", "routes.yaml")
+_LISTENERS = "listeners-{}.yaml"
 
 RELOADING = ("lua", "clusters.yaml", "routes.yaml")
 """What a running Envoy reads again, without an effect on requests that run."""
+
+
+def starting(number: int) -> tuple[str, ...]:
+    """
+    What a starting Envoy reads. Each start has its `number`: the listeners of one Envoy are not
+    those of another that still runs beside it.
+    """
+    return (*_STARTING, _LISTENERS.format(number))
+
 
 Upstream = tuple[str, str, int]
 """Scheme, host and port."""
@@ -38,7 +47,7 @@ def packaged() -> Path:
     return inside if inside.is_dir() else _HERE.parent / "envoy"
 
 
-def write(config: Config, upstream: Upstream, into: Path) -> None:
+def write(config: Config, upstream: Upstream, into: Path, number: int) -> None:
     """
     Write all files to `into`, which Envoy does not read: see `place`.
 
@@ -59,7 +68,7 @@ def write(config: Config, upstream: Upstream, into: Path) -> None:
         _listen(bootstrap, config)
         _send_to(clusters, upstream)
         whole = _whole(bootstrap, clusters, routes)
-        listeners = _move_listeners(bootstrap)
+        listeners = _move_listeners(bootstrap, _LISTENERS.format(number))
     except (LookupError, TypeError, AttributeError) as error:
         raise ParallamaError(
             f"the files in {source} lack what Parallama fills in or needs ({error}):"
@@ -67,7 +76,7 @@ def write(config: Config, upstream: Upstream, into: Path) -> None:
         ) from error
     written = {
         "envoy.yaml": bootstrap,
-        "listeners.yaml": listeners,
+        _LISTENERS.format(number): listeners,
         "clusters.yaml": clusters,
         WHOLE: whole,
     }
@@ -83,17 +92,32 @@ def place(names: Iterable[str], written: Path, into: Path) -> None:
             os.replace(file, into / file.relative_to(written))
 
 
-def waiting(written: Path, placed: Path) -> bool:
+def waiting(written: Path, placed: Path, number: int) -> bool:
     """Whether `write` made something that a running Envoy does not take up."""
-    kept = set(STARTING) - set(RELOADING)
+    kept = set(starting(number)) - set(RELOADING)
     return any((written / name).read_bytes() != (placed / name).read_bytes() for name in kept)
 
 
-def close_listeners(folder: Path) -> None:
-    """Make a running Envoy close every connection; what it logs about them is still sent."""
-    fresh = folder / "listeners.new"
-    fresh.write_text("resources: []\n", encoding="utf-8")
-    os.replace(fresh, folder / "listeners.yaml")
+def close_listeners(folder: Path, number: int | None = None) -> None:
+    """
+    Make Envoys close every connection; what they log about them is still sent.
+
+    Of all that run, but for the one of this `number`.
+    """
+    kept = _LISTENERS.format(number)
+    for path in folder.glob(_LISTENERS.format("*")):
+        if path.name != kept:
+            fresh = path.with_suffix(".new")
+            fresh.write_text("resources: []\n", encoding="utf-8")
+            os.replace(fresh, path)
+
+
+def remove_listeners(folder: Path, number: int) -> None:
+    """What no Envoy reads any more, now that the one of this `number` is the only one."""
+    kept = _LISTENERS.format(number)
+    for path in folder.glob(_LISTENERS.format("*")):
+        if path.name != kept:
+            path.unlink()
 
 
 def _read(path: Path) -> Any:
@@ -131,7 +155,7 @@ def _listen(bootstrap: Any, config: Config) -> None:
     manager["xff_num_trusted_hops"] = config.server.trusted_hops
 
 
-def _move_listeners(bootstrap: Any) -> Any:
+def _move_listeners(bootstrap: Any, name: str) -> Any:
     """
     Take the listeners out of `bootstrap` into a file that Envoy watches.
 
@@ -150,7 +174,7 @@ def _move_listeners(bootstrap: Any) -> Any:
     }
     listeners = bootstrap["static_resources"]["listeners"]
     bootstrap["static_resources"]["listeners"] = [keeper]
-    watched = {"path": "envoy/listeners.yaml", "watched_directory": {"path": "envoy"}}
+    watched = {"path": f"envoy/{name}", "watched_directory": {"path": "envoy"}}
     bootstrap.setdefault("dynamic_resources", {})["lds_config"] = {"path_config_source": watched}
     kind = {"@type": f"{_TYPES}.config.listener.v3.Listener"}
     return {"resources": [kind | listener for listener in listeners]}

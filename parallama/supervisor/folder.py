@@ -23,7 +23,7 @@ def claim(state_dir: Path, *, wait_seconds: float) -> Iterator[int]:
     ended, and it is waited for; a supervisor that lives is a Conflict at once.
     """
     with writing(state_dir):
-        for folder in (state_dir, state_dir / "run"):
+        for folder in (state_dir, state_dir / "run", state_dir / "trail"):
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(0o700)
         lock = os.open(state_dir / "up.lock", os.O_RDWR | os.O_CREAT, 0o600)

@@ -20,7 +20,7 @@ from parallama.roles import Role
 from parallama.supervisor.folder import claim
 from tests.authz.make import MINTED, a_check
 from tests.parallama.db_on_disk import NOW
-from tests.ratelimit.conftest import Valkey
+from tests.valkey import Valkey
 
 ROOT = Path(__file__).parents[2]
 BOUND = 1.0

@@ -104,26 +104,29 @@ class Someone:
         with self.gateway.http.stream("POST", path, json=body, headers=given) as answer:
             yield answer
 
-    def expect_spent(self, tokens: int, *, limit: int) -> None:
+    def spent(self, *, limit: int) -> int:
         """
-        This much of the token limit is used, and nothing is held any more: as the headers of a
-        call tell that costs nothing itself. Nothing was learned of its model, so what it holds
-        is a quarter of its bytes.
+        How much of the token limit is used or held: as the headers of a call tell that costs
+        nothing itself. Nothing was learned of its model, so what it holds is a quarter of its
+        bytes.
         """
         body = json.dumps({"model": "no-such-model", "input": "x"}).encode()
-        held = -(-len(body) // 4)
+        answer = self.post("/api/embed", body)
+        assert answer.status_code == 404, answer.text
+        return limit - int(answer.headers["x-ratelimit-remaining-tokens"]) - -(-len(body) // 4)
+
+    def expect_spent(self, tokens: int | Callable[[], int], *, limit: int) -> None:
+        """This much of the token limit is used, now or soon, and nothing is held any more."""
         told = []
 
-        def spent() -> int:
-            answer = self.post("/api/embed", body)
-            assert answer.status_code == 404, answer.text
-            told.append(limit - int(answer.headers["x-ratelimit-remaining-tokens"]) - held)
-            return told[-1]
+        def agrees() -> bool:
+            told[:] = [self.spent(limit=limit), tokens() if callable(tokens) else tokens]
+            return told[0] == told[1]
 
         try:
-            until(lambda: spent() == tokens, 3)
+            until(agrees, 3)
         except AssertionError:
-            raise AssertionError(f"spent {told[-1]} tokens, expected {tokens}") from None
+            raise AssertionError("spent {} tokens, expected {}".format(*told)) from None
 
 
 @dataclass

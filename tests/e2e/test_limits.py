@@ -168,7 +168,11 @@ def test_remaining_falls_by_the_tokens_of_each_call(
 
 def test_all_six_headers_are_on_every_limited_answer(gateway: Gateway) -> None:
     someone = gateway.someone(tokens=1000, requests=1)
-    names = {f"x-ratelimit-{w}-{u}" for w in ("limit", "remaining", "reset") for u in Unit}
+    names = {
+        f"x-ratelimit-{w}-{u}"
+        for w in ("limit", "remaining", "reset")
+        for u in (Unit.REQUESTS, Unit.TOKENS)
+    }
     for status in (200, 429):
         answer = someone.post("/v1/chat/completions", {**CHAT, "max_tokens": 5})
         assert answer.status_code == status
@@ -271,7 +275,8 @@ def test_a_call_that_names_no_maximum_is_held_at_the_default_and_gets_the_rest_b
     gateway: Gateway,
 ) -> None:
     someone = gateway.someone(tokens=2000)
-    with someone.stream("/api/chat", CHAT, headers=says(hold_at=2)) as answer:
+    nobody_knows = {**CHAT, "model": "smollm2:latest"}  # how long its answers usually are
+    with someone.stream("/api/chat", nobody_knows, headers=says(hold_at=2)) as answer:
         left = int(answer.headers["x-ratelimit-remaining-tokens"])
         assert 2000 - left >= 512
         gateway.upstream.release()

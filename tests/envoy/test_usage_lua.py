@@ -198,6 +198,28 @@ def test_a_lie_is_not_a_number(lie: str) -> None:
     usage = f'{{"prompt_tokens":4,"completion_tokens":1,"total_tokens":{lie}}}'
     total = f'data: {{"choices":[],"usage":{usage}}}\n\n'
     assert counts(sse(HI, total.encode())) == (4, 1, 5, "reported")
+    for event_ in (both, one, total):
+        odd = sse(HI, event_.encode()).facts.get("usage_odd")
+        assert odd is (None if lie == "null" else True)
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"prompt_tokens": 10**9, "completion_tokens": 1},
+        {"prompt_tokens": 6 * 10**8, "completion_tokens": 6 * 10**8, "total_tokens": 10**9},
+    ],
+)
+def test_a_sum_that_cannot_be_is_cut_and_noted(usage: dict[str, int]) -> None:
+    """Envoy settles nothing beyond it."""
+    passed = sse(HI, event(choices=[], usage=usage))
+    assert passed.facts["total_tokens"] == 10**9
+    assert passed.facts["usage_odd"] is True
+
+
+def test_numbers_that_can_be_are_not_odd() -> None:
+    usage = {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": None}
+    assert "usage_odd" not in sse(HI, event(choices=[], usage=usage)).facts
 
 
 def test_llama_cpp_timings_stand_in_for_usage() -> None:

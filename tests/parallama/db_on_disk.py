@@ -1,4 +1,4 @@
-"""A migrated SQLite file, and things to put into it: valid by default, override one field."""
+"""A migrated database, and things to put into it: valid by default, override one field."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -31,11 +31,11 @@ class Opened:
     engine: AsyncEngine
 
 
-def on(folder: Path, work: Callable[[Opened], Awaitable[T]]) -> T:
-    """Run `work` on the database in `folder`, migrated first."""
+def on(place: Path | Database, work: Callable[[Opened], Awaitable[T]]) -> T:
+    """Run `work` on a database, or on the SQLite file in a folder, migrated first."""
 
     async def both() -> T:
-        at = settings(folder)
+        at = settings(place) if isinstance(place, Path) else place
         await upgrade(at)
         async with database(at) as store, managed(at) as engine:
             return await work(Opened(store, engine))
@@ -73,6 +73,7 @@ _RECORD = UsageRecord(
     time_to_first_token=0.25,
     compute_ms=900.0,
     upstream_host="127.0.0.1:11434",
+    cost=None,
 )
 
 

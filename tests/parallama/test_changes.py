@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 
 from parallama import changes
 from parallama.changes import Change, parse, publish
-from tests.ratelimit.conftest import Valkey
+from tests.valkey import Valkey
 
 # What a service may at most go on believing: see parallama/changes.py.
 BOUND = 1.0

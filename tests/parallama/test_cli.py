@@ -1,11 +1,9 @@
 """The commands, in this process, on a real database."""
 
 import asyncio
-import csv
 import json
 import re
 from datetime import UTC, datetime, timedelta
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,64 +14,13 @@ from parallama import keys
 from parallama.cli import EXIT_CODES, app
 from parallama.cli.docs import render
 from parallama.config import load
-from parallama.db import database, ledger
+from parallama.db import database
 from parallama.db.accounts import find_key
 from parallama.db.revisions import HEAD
-from parallama.usage import UsageRecord
+from tests.parallama.commands import Parallama
 from tests.parallama.db_on_disk import a_record, settings
 
 NOBODY = "7c1f2c1e-0000-4000-8000-000000000000"
-
-
-class Parallama:
-    """Runs commands with one configuration, made by `parallama init`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.config = folder / "config.yaml"
-
-    def run(self, *words: str) -> Result:
-        return CliRunner().invoke(app, [*words, "--config", str(self.config)])
-
-    def table(self, *words: str) -> str:
-        return self._checked(*words).stdout
-
-    def json(self, *words: str) -> Any:
-        return json.loads(self._checked(*words, "-o", "json").stdout)
-
-    def csv(self, *words: str) -> list[dict[str, str]]:
-        return list(csv.DictReader(StringIO(self._checked(*words, "-o", "csv").stdout)))
-
-    def refused(self, code: int, *words: str) -> str:
-        """What stands on stderr; nothing is on stdout, and there is no traceback."""
-        result = self.run(*words)
-        assert result.exit_code == code, result.output
-        assert isinstance(result.exception, SystemExit)
-        assert result.stdout == ""
-        assert "Traceback" not in result.stderr
-        return result.stderr
-
-    def add(self, *records: UsageRecord) -> None:
-        async def work() -> None:
-            async with database(settings(self.folder)) as store:
-                await ledger.add(store, records)
-
-        asyncio.run(work())
-
-    def _checked(self, *words: str) -> Result:
-        result = self.run(*words)
-        assert result.exit_code == 0, (result.output, result.exception)
-        assert result.stderr == "" or words[:2] == ("keys", "create")
-        return result
-
-
-@pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parallama:
-    monkeypatch.delenv("PARALLAMA_CONFIG", raising=False)
-    # Nothing listens on port 1, whatever else runs on this machine.
-    made = CliRunner().invoke(app, ["init", "--dir", str(tmp_path), "--listen", "127.0.0.1:1"])
-    assert made.exit_code == 0, made.output
-    return Parallama(tmp_path)
 
 
 # init
@@ -377,6 +324,7 @@ def test_usage_has_the_promised_fields(cli: Parallama) -> None:
         "token_source": "reported", "streamed": True, "finished": True, "aborted": False,
         "status_code": 200, "flags": "", "error_message": None, "request_duration": 1.5,
         "time_to_first_token": 0.25, "compute_ms": 900.0, "upstream_host": "127.0.0.1:11434",
+        "cost": None,
     }  # fmt: skip
 
 

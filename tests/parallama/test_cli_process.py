@@ -164,6 +164,15 @@ def test_services_are_told_of_changes(config: str) -> None:
         assert heard(1, "limits", "set", "anna", *day) == {f"limits {anna}"}
         assert heard(1, "limits", "set", "role:user", *day) == {"limits "}
         assert heard(1, "limits", "unset", "anna") == {f"limits {anna}"}
+        assert heard(1, "limits", "set", f"key:{key}", *day) == {f"limits {anna}"}
+        assert heard(1, "limits", "unset", f"key:{key}") == {f"limits {anna}"}
+        more = ("--tokens", "5", "--until", "3d")
+        assert heard(1, "limits", "grant", "anna", *more) == {f"limits {anna}"}
+        (granted,) = json.loads(run("limits", "grants", "-o", "json", "--config", config)[1])
+        assert heard(1, "limits", "revoke-grant", granted["id"]) == {f"limits {anna}"}
+        price = ("--prompt", "1", "--completion", "2")
+        assert heard(1, "prices", "set", "llama3", *price) == {"prices "}
+        assert heard(1, "prices", "unset", "llama3") == {"prices "}
         assert heard(1, "keys", "revoke", key) == {f"key {key}"}
         both = {f"user {anna}", f"limits {anna}"}
         assert heard(2, "users", "update", "anna", "--role", "admin") == both

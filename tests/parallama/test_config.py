@@ -324,7 +324,7 @@ logging: {max_size: lots}
         ),
         pytest.param(
             "rate_limiting: {when_redis_is_away: shrug}",
-            "rate_limiting.when_redis_is_away (line 1): must be deny or allow, such as deny",
+            "rate_limiting.when_redis_is_away (line 1): must be deny, allow or local, such as deny",
             id="not one of the words",
         ),
         pytest.param(
@@ -388,6 +388,12 @@ logging: {max_size: lots}
             "database: {name: c}",
             "database.name (line 1): belongs to PostgreSQL: set database.host too, or remove it",
             id="PostgreSQL without its host",
+        ),
+        pytest.param(
+            "database: {ssl_mode: require}",
+            "database.ssl_mode (line 1): belongs to PostgreSQL: set database.host too, "
+            "or remove it",
+            id="TLS to SQLite",
         ),
         pytest.param(
             "usage: {batch_rows: 1}\nserver: {port: 1}\nusage: {batch_rows: 2}",

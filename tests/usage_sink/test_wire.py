@@ -49,6 +49,7 @@ def test_a_finished_stream_field_by_field() -> None:
         time_to_first_token=0.25,
         compute_ms=812.5,
         upstream_host="127.0.0.1:11434",
+        cost=None,
     )
 
 
@@ -286,7 +287,47 @@ def test_an_upstream_that_was_never_reached_has_no_address() -> None:
     assert row(an_entry(upstream="")).upstream_host is None
 
 
-@pytest.mark.parametrize("number", [-1.0, 0.9, 1e300])
-def test_a_strange_number_does_not_cost_the_row(number: float) -> None:
+def test_an_address_is_written_as_envoy_writes_it() -> None:
+    assert row(an_entry(upstream="::1")).upstream_host == "[::1]:11434"
+
+
+@pytest.mark.parametrize(
+    ("number", "taken", "odd"),
+    [
+        pytest.param(-1.0, 0, True, id="negative"),
+        pytest.param(0.9, 0, False, id="a part of a token"),
+        pytest.param(1e9, 10**9, False, id="the most"),
+        pytest.param(1e9 + 1, 10**9, True, id="more"),
+        pytest.param(1e300, 10**9, True, id="absurd"),
+        pytest.param(float("inf"), 10**9, True, id="infinite"),
+        pytest.param(float("nan"), None, True, id="no number"),
+    ],
+)
+@pytest.mark.parametrize("name", [c.CACHED_TOKENS, c.PROMPT_TOKENS, c.COMPLETION_TOKENS])
+def test_a_number_that_cannot_be_is_brought_where_it_can_and_the_row_says_so(
+    name: str, number: float, taken: int | None, odd: bool
+) -> None:
     """Where Lua or an upstream went wrong, who asked for what is still worth knowing."""
-    assert row(an_entry(lua={**STREAM, c.CACHED_TOKENS: number})).cached_tokens == int(number)
+    finished = wire.parse(an_entry(lua={**STREAM, name: number}))
+    assert finished is not None
+    assert getattr(finished.record, name) == taken
+    assert finished.odd == ((name,) if odd else ())
+    said = "the upstream reported a usage that cannot be"
+    assert finished.record.error_message == (said if odd else None)
+
+
+@pytest.mark.parametrize(("number", "used"), [(float("nan"), 0), (-7.0, 0), (1e18, 10**9)])
+def test_what_is_charged_is_a_number_as_well(number: float, used: int) -> None:
+    assert row(an_entry(lua={**STREAM, c.TOTAL_TOKENS: number})).tokens_used == used
+
+
+def test_what_lua_left_out_because_it_cannot_be_is_marked() -> None:
+    finished = wire.parse(an_entry(lua={**STREAM, c.USAGE_ODD: True}))
+    assert finished is not None
+    assert finished.odd == (c.USAGE_ODD,)
+    assert finished.record.error_message == "the upstream reported a usage that cannot be"
+
+
+@pytest.mark.parametrize(("number", "ms"), [(float("nan"), None), (-1.0, 0), (1e300, 1e9)])
+def test_time_that_a_model_cannot_have_worked(number: float, ms: float | None) -> None:
+    assert row(an_entry(lua={**STREAM, c.COMPUTE_MS: number})).compute_ms == ms

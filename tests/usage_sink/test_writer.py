@@ -2,14 +2,19 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
+from decimal import Decimal
 
 import pytest
 
+from parallama.db.ledger import Added
 from parallama.errors import SchemaError, Unavailable
+from parallama.trail import Letter
 from parallama.usage import UsageRecord
 from tests.parallama.db_on_disk import a_record
-from usage_sink.writer import Writer, writing
+from usage_sink.storing import Storing
+from usage_sink.writer import Settled, Writer, writing
 
 
 class Ledger:
@@ -20,11 +25,14 @@ class Ledger:
         self.asked = asyncio.Event()
         self.gate = asyncio.Event()
         self.always: Exception | None = None
+        self.refused: set[str] = set()
+        self.letters: list[Letter] = []
+        self.disk_is_full = False
         self._failures = list(failures)
         if not shut:
             self.gate.set()
 
-    async def add(self, records: Sequence[UsageRecord]) -> int:
+    async def add(self, records: Sequence[UsageRecord]) -> Added:
         self.asked.set()
         await self.gate.wait()
         if self.always is not None:
@@ -32,8 +40,15 @@ class Ledger:
         if self._failures:
             raise self._failures.pop(0)
         before = set(self.rows)
-        self.batches.append([record.request_id for record in records])
-        return len({record.request_id for record in records} - before)
+        taken = [record for record in records if record.request_id not in self.refused]
+        self.batches.append([record.request_id for record in taken])
+        new = len({record.request_id for record in taken} - before)
+        return Added(new, tuple((record, "odd") for record in records if record not in taken))
+
+    def set_aside(self, letters: Iterable[Letter]) -> None:
+        if self.disk_is_full:
+            raise OSError(28, "No space left on device")
+        self.letters += letters
 
     @property
     def rows(self) -> list[str]:
@@ -41,10 +56,19 @@ class Ledger:
 
 
 def a_writer(
-    ledger: Ledger, *, batch_rows: int = 10, flush_seconds: float = 0, queue_rows: int = 100
+    ledger: Ledger,
+    *,
+    batch_rows: int = 10,
+    flush_seconds: float = 0,
+    queue_rows: int = 100,
+    settled: Settled | None = None,
 ) -> Writer:
     return Writer(
-        ledger.add, batch_rows=batch_rows, flush_seconds=flush_seconds, queue_rows=queue_rows
+        Storing(ledger.add, ledger.set_aside),
+        Settled() if settled is None else settled,
+        batch_rows=batch_rows,
+        flush_seconds=flush_seconds,
+        queue_rows=queue_rows,
     )
 
 
@@ -213,14 +237,16 @@ def test_an_error_inside_is_not_taken_for_a_deadline(caplog: pytest.LogCaptureFi
     assert "rows lost" not in caplog.text
 
 
-def test_what_nobody_planned_costs_its_batch_at_most(caplog: pytest.LogCaptureFixture) -> None:
-    """The process goes on, and says so: all rows that wait would be lost with it."""
-
+def test_what_nobody_planned_is_kept_aside_and_the_others_stored(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async def story() -> None:
         ledger = Ledger(failures=[ValueError("nobody planned this")])
         async with writing(a_writer(ledger, batch_rows=2), deadline=10) as writer:
             await put(writer, *range(6))
         assert ledger.rows[-4:] == ["2", "3", "4", "5"]
+        assert [at.row and at.row.request_id for at in ledger.letters] == ["0", "1"]
+        assert {at.reason for at in ledger.letters} == {"a mistake in Parallama: ValueError"}
 
     told(story)
     assert any(at.levelno >= logging.ERROR for at in caplog.records)
@@ -235,3 +261,107 @@ def test_leaving_does_not_wait_for_company() -> None:
 
     told(story)
     assert ledger.rows == ["r1"]
+
+
+# What the database refuses, and what the trail need not be asked for.
+
+
+def test_a_row_that_is_refused_is_kept_aside_with_the_reason_and_the_others_are_stored(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def story() -> None:
+        ledger, settled = Ledger(), Settled()
+        ledger.refused = {"2"}
+        async with writing(a_writer(ledger, settled=settled), deadline=10) as writer:
+            await put(writer, *range(4))
+        assert ledger.rows == ["0", "1", "3"]
+        assert [(at.reason, at.row and at.row.request_id) for at in ledger.letters] == [
+            ("odd", "2")
+        ]
+        assert [settled.take(name) for name in names(5)] == [True] * 4 + [False]
+
+    told(story)
+    (said,) = [at for at in caplog.records if at.levelno == logging.ERROR]
+    assert (said.message, said.rows, said.request_id) == (  # type: ignore[attr-defined]
+        "rows refused by the database, and kept aside", 1, "2",
+    )  # fmt: skip
+
+
+def test_a_row_that_neither_database_nor_disk_takes_is_left_to_the_trail(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def story() -> None:
+        ledger, settled = Ledger(), Settled()
+        ledger.refused, ledger.disk_is_full = {"1"}, True
+        async with writing(a_writer(ledger, settled=settled), deadline=10) as writer:
+            await put(writer, *range(3))
+        assert ledger.rows == ["0", "2"]
+        assert [settled.take(name) for name in names(3)] == [True, False, True]
+
+    told(story)
+    assert "rows refused by the database, and not kept aside" in caplog.text
+
+
+def test_rows_are_priced_before_and_told_after_they_are_stored() -> None:
+    async def story() -> None:
+        ledger = Ledger()
+        heard: list[str] = []
+
+        async def price(records: Sequence[UsageRecord]) -> Sequence[UsageRecord]:
+            assert ledger.rows == []
+            return [replace(record, cost=Decimal(2)) for record in records]
+
+        def stored(records: Sequence[UsageRecord]) -> None:
+            assert ledger.rows == ["1", "2"]
+            heard.extend(record.request_id for record in records)
+            raise RuntimeError("who was told has a problem")
+
+        ledger.refused = {"3"}
+        storing = Storing(ledger.add, ledger.set_aside, price=price, stored=stored)
+        new, nowhere = await storing.store([a_record(name) for name in "123"])
+        assert (new, nowhere, heard) == (2, set(), ["1", "2"])
+        assert [at.row and at.row.cost for at in ledger.letters] == [Decimal(2)]
+
+    told(story)
+
+
+def test_a_price_list_that_cannot_be_read_makes_rows_wait() -> None:
+    async def story() -> None:
+        ledger, asked = Ledger(), 0
+
+        async def price(records: Sequence[UsageRecord]) -> Sequence[UsageRecord]:
+            nonlocal asked
+            asked += 1
+            if asked == 1:
+                raise Unavailable("away")
+            return records
+
+        await Storing(ledger.add, ledger.set_aside, price=price).store([a_record("1")])
+        assert (ledger.rows, asked) == (["1"], 2)
+
+    told(story)
+
+
+def test_the_oldest_ids_are_forgotten_and_each_is_asked_for_once() -> None:
+    settled = Settled(2)
+    settled.add(["1", "2", "3"])
+    assert [settled.take(id) for id in ("1", "2", "3", "3", None)] == [
+        False, True, True, False, False,
+    ]  # fmt: skip
+
+
+def test_at_the_deadline_rows_that_the_trail_has_are_not_called_lost(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def story() -> None:
+        ledger = Ledger()
+        ledger.always = Unavailable("away")
+        async with writing(a_writer(ledger), deadline=0.1, missing=lambda ids: ids & {"1"}) as to:
+            await put(to, *range(25))
+
+    told(story)
+    said = [(at.message, at.rows) for at in caplog.records if hasattr(at, "rows")]
+    assert said[-2:] == [
+        ("rows wait in the trail", 24),
+        ("rows lost: the database did not take them", 1),
+    ]

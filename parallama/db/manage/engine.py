@@ -16,18 +16,52 @@ from parallama.db.place import PRAGMAS, explain, sqlite_file, sqlite_name
 from parallama.errors import Unavailable
 
 # Each is a thread.
-_CONNECTIONS = 2
+_SQLITE_CONNECTIONS = 2
+
+# People ask for sums over years, too. PostgreSQL would otherwise go on for ever.
+_LONGEST_ANSWER_SECONDS = 600.0
 
 
 def open_database(settings: Database, *, create: bool = False) -> AsyncEngine:
-    """An engine for the configured database; connects on first use. Dispose of it when done."""
+    """
+    An engine for the configured database; connects on first use. Dispose of it when done.
+
+    With `create` a SQLite file is made where there is none. PostgreSQL's database has to be there.
+    """
+    return _open_sqlite(settings, create) if settings.sqlite else _open_postgresql(settings)
+
+
+def _open_postgresql(settings: Database) -> AsyncEngine:
+    from parallama.db import server
+
+    async def connect() -> server.Connection:
+        return await server.connect(
+            settings, answer_seconds=_LONGEST_ANSWER_SECONDS, autocommit=False
+        )
+
+    # Nothing connects by this URL: it is for messages.
+    url = URL.create(
+        "postgresql+psycopg", host=settings.host, port=settings.port, database=settings.name
+    )
+    return create_async_engine(
+        url,
+        async_creator=connect,
+        pool_size=settings.pool_size,
+        max_overflow=0,
+        pool_timeout=settings.timeout_seconds,
+        pool_pre_ping=True,
+        hide_parameters=True,
+    )
+
+
+def _open_sqlite(settings: Database, create: bool) -> AsyncEngine:
     path = sqlite_file(settings, create=create)
     query = {"mode": "rw", "uri": "true"}
     url = URL.create("sqlite+aiosqlite", database=sqlite_name(path), query=query)
     engine = create_async_engine(
         url,
         connect_args={"timeout": settings.timeout_seconds, "isolation_level": None},
-        pool_size=_CONNECTIONS,
+        pool_size=_SQLITE_CONNECTIONS,
         max_overflow=0,
         pool_timeout=settings.timeout_seconds,
         hide_parameters=True,
@@ -39,7 +73,7 @@ def open_database(settings: Database, *, create: bool = False) -> AsyncEngine:
 @asynccontextmanager
 async def reading(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     """A connection to read from; each query sees one state of the database."""
-    with _explained(place(engine)):
+    with _explained(engine):
         async with engine.connect() as connection:
             yield connection
 
@@ -47,7 +81,7 @@ async def reading(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
 @asynccontextmanager
 async def writing(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     """A transaction, committed at the end of the block, rolled back if the block raises."""
-    with _explained(place(engine)):
+    with _explained(engine):
         async with engine.execution_options(writes=True).begin() as connection:
             yield connection
 
@@ -61,7 +95,10 @@ def insert_or(engine: AsyncEngine, table: Table) -> sqlite.Insert:
 
 def place(engine: AsyncEngine) -> str:
     """Where the database is, for messages."""
-    return unquote((engine.url.database or "").removeprefix("file:"))
+    url = engine.url
+    if url.host is not None:
+        return f"{url.database} at {url.host}:{url.port}"
+    return unquote((url.database or "").removeprefix("file:"))
 
 
 def _prepare_sqlite(engine: Engine, *, wal: bool) -> None:
@@ -83,7 +120,8 @@ def _prepare_sqlite(engine: Engine, *, wal: bool) -> None:
 
 
 @contextmanager
-def _explained(where: str) -> Iterator[None]:
+def _explained(engine: AsyncEngine) -> Iterator[None]:
+    where = place(engine)
     try:
         yield
     except (exc.IntegrityError, exc.DataError):
@@ -91,4 +129,8 @@ def _explained(where: str) -> Iterator[None]:
     except exc.TimeoutError as error:
         raise Unavailable(f"all connections to the database {where} are in use") from error
     except exc.DBAPIError as error:
-        raise explain(error.orig, where) from error
+        if engine.dialect.name == "sqlite":
+            raise explain(error.orig, where) from error
+        from parallama.db import server
+
+        raise server.explain(error.orig, where) from error

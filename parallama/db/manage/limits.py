@@ -3,60 +3,82 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from decimal import Decimal
 from typing import Any
 from uuid import uuid4
 
 from sqlalchemy import ColumnElement, and_, delete, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from parallama import keys, money
 from parallama.db import names
 from parallama.db.manage.engine import insert_or, reading, writing
-from parallama.db.manage.people import find_user
+from parallama.db.manage.people import find_key, find_user
+from parallama.db.manage.tables import api_keys, users
 from parallama.db.manage.tables import gateway_rate_limits as table
-from parallama.db.manage.tables import users
 from parallama.db.policies import COLUMNS, Cell
 from parallama.errors import NotFound, UsageError
-from parallama.limits import ANY, Limit
+from parallama.limits import ANY, Unit
 from parallama.roles import Role
 
 GATEWAYS = ("ollama", "openai", ANY)
 
+Amount = int | Decimal
+"""Money for what is limited by cost, else a whole number."""
+
 # Counters pass through doubles on their way, which are exact up to 2 ** 53.
-LARGEST_AMOUNT = 10**15
+_LARGEST_COUNT = 10**15
+_COST_DECIMALS = 9
 
 _ROLE = "role:"
+_KEY = "key:"
 
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Whose limits: a user's own, or the defaults of a role."""
+    """Whose limits: the defaults of a role, a user's own, or those of one of a user's keys."""
 
-    user_id: str | None
-    role: Role | None
     label: str
+    role: Role | None = None
+    user_id: str | None = None
+    key_id: str | None = None
 
     @property
-    def _is_it(self) -> ColumnElement[bool]:
+    def owner(self) -> tuple[str, str | None]:
+        """The column that says so, and what is in it."""
         if self.role is not None:
-            return table.c.role == self.role
-        return table.c.user_id == self.user_id
+            return "role", self.role
+        return ("user_id", self.user_id) if self.key_id is None else ("key_id", self.key_id)
+
+    @property
+    def is_it(self) -> ColumnElement[bool]:
+        column, value = self.owner
+        return table.c[column] == value
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The limits of one scope for one gateway and model; a cell that is not there is no limit."""
+    """
+    The limits of one scope for one gateway and model; a cell that is not there is no limit.
+
+    `user_id` is the user's, and for a key that of its user.
+    """
 
     id: str
     scope: str
     user_id: str | None
+    username: str | None
+    key_id: str | None
+    key_name: str | None
     gateway: str
     model: str
-    amounts: Mapping[Cell, int]
+    shadow: bool
+    amounts: Mapping[Cell, Amount]
     updated_at: datetime
 
 
 async def find_scope(engine: AsyncEngine, text: str) -> Scope:
-    """A user by name or id, or `role:NAME`. Raises NotFound or UsageError."""
+    """A user by name or id, `role:NAME`, or `key:NAME_OR_ID`. Raises NotFound or UsageError."""
     async with reading(engine) as connection:
         return await _find_scope(connection, text)
 
@@ -67,58 +89,71 @@ async def set_limits(
     *,
     gateway: str,
     model: str,
-    amounts: Mapping[Cell, int],
+    amounts: Mapping[Cell, Amount],
     now: datetime,
+    shadow: bool = False,
 ) -> Policy:
     """Set the cells in `amounts`; the others stay as they are."""
-    _check_gateway(gateway)
+    check_gateway(gateway)
     model = names.check_model(model)
     if not amounts:
         raise UsageError("name at least one limit, such as --tokens-per-day 100000")
-    for amount in amounts.values():
-        if not 0 <= amount <= LARGEST_AMOUNT:
-            raise UsageError(f"a limit is a whole number from 0 to {LARGEST_AMOUNT}, not {amount}")
+    changed: dict[str, Any] = {"updated_at": now}
+    for cell, amount in amounts.items():
+        changed[COLUMNS[cell]] = check_amount(cell[0], amount)
     async with writing(engine) as connection:
         scope = await _find_scope(connection, whose)
-        changed = {COLUMNS[cell]: amount for cell, amount in amounts.items()} | {"updated_at": now}
-        owner = "role" if scope.role else "user_id"
+        column, owner = scope.owner
         query = insert_or(engine, table).values(
             id=str(uuid4()),
-            user_id=scope.user_id,
-            role=scope.role,
+            **{column: owner},
             gateway_type=gateway,
             model=model,
+            shadow=shadow,
             **changed,
         )
         await connection.execute(
             query.on_conflict_do_update(
-                index_elements=[owner, "gateway_type", "model"], set_=changed
+                index_elements=[column, "gateway_type", "model", "shadow"], set_=changed
             )
         )
         (policy,) = await _list(
             connection,
-            and_(scope._is_it, table.c.gateway_type == gateway, table.c.model == model),
+            and_(
+                scope.is_it,
+                table.c.gateway_type == gateway,
+                table.c.model == model,
+                table.c.shadow == shadow,
+            ),
         )
     return policy
 
 
 async def unset_limits(
-    engine: AsyncEngine, whose: str, *, gateway: str | None = None, model: str | None = None
+    engine: AsyncEngine,
+    whose: str,
+    *,
+    gateway: str | None = None,
+    model: str | None = None,
+    shadow: bool | None = None,
 ) -> tuple[Scope, int]:
     """
-    Remove what was set for this user or role, all of it or for one gateway and model.
+    Remove what was set for this user, key or role: all of it, or for one gateway and model, or
+    only what is in the shadow, or only what is not.
 
     Returns whose they were and how many. Raises NotFound where one was named and none was set.
     """
     if gateway is not None:
-        _check_gateway(gateway)
+        check_gateway(gateway)
     async with writing(engine) as connection:
         scope = await _find_scope(connection, whose)
-        which = [scope._is_it]
+        which = [scope.is_it]
         if gateway is not None:
             which.append(table.c.gateway_type == gateway)
         if model is not None:
             which.append(table.c.model == names.check_model(model))
+        if shadow is not None:
+            which.append(table.c.shadow == shadow)
         removed = (await connection.execute(delete(table).where(*which))).rowcount
     if not removed and len(which) > 1:
         raise NotFound(f"{scope.label} has no limits of its own there")
@@ -126,58 +161,111 @@ async def unset_limits(
 
 
 async def list_limits(engine: AsyncEngine, whose: str | None = None) -> list[Policy]:
-    """All limits that were set, or those of one scope; a user's come with the role's defaults."""
+    """
+    All limits that were set, or those that count for one scope: for a key also its user's, for a
+    user those of all keys, for both the role's.
+    """
     async with reading(engine) as connection:
         if whose is None:
             return await _list(connection)
         scope = await _find_scope(connection, whose)
         if scope.user_id is None:
-            return await _list(connection, scope._is_it)
-        role = (await find_user(connection, scope.user_id)).role
-        return await _list(connection, or_(scope._is_it, table.c.role == role))
+            return await _list(connection, scope.is_it)
+        user = await find_user(connection, scope.user_id)
+        key = api_keys.c.user_id == user.id if scope.key_id is None else scope.is_it
+        return await _list(
+            connection, or_(table.c.user_id == user.id, table.c.role == user.role, key)
+        )
+
+
+def check_gateway(gateway: str) -> None:
+    if gateway not in GATEWAYS:
+        raise UsageError(f"there is no gateway {gateway!r}: the gateways are {', '.join(GATEWAYS)}")
+
+
+def check_amount(unit: Unit, amount: Amount) -> Amount:
+    """What counters can hold to its last digit. Raises UsageError."""
+    most = _LARGEST_COUNT // unit.parts
+    if unit is Unit.COST:
+        return money.check(Decimal(amount), "a limit of cost", decimals=_COST_DECIMALS, most=most)
+    if not isinstance(amount, int) or not 0 <= amount <= most:
+        raise UsageError(f"a limit is a whole number from 0 to {most}, not {amount}")
+    return amount
 
 
 async def _list(connection: AsyncConnection, *which: ColumnElement[bool]) -> list[Policy]:
     query = (
-        select(table, users.c.username)
-        .join(users, users.c.id == table.c.user_id, isouter=True)
+        select(
+            table,
+            users.c.username,
+            users.c.id.label("owner_id"),
+            api_keys.c.public_id,
+            api_keys.c.name.label("key_name"),
+        )
+        .join(api_keys, api_keys.c.id == table.c.key_id, isouter=True)
+        .join(
+            users,
+            or_(users.c.id == table.c.user_id, users.c.id == api_keys.c.user_id),
+            isouter=True,
+        )
         .where(*which)
-        .order_by(table.c.role, users.c.username, table.c.gateway_type, table.c.model)
+        .order_by(
+            # Defaults first. Databases do not agree where NULL belongs.
+            table.c.role.is_(None),
+            table.c.role,
+            users.c.username,
+            table.c.key_id.is_not(None),
+            api_keys.c.public_id,
+            table.c.gateway_type,
+            table.c.model,
+            table.c.shadow,
+        )
     )
     return [_policy(row) for row in await connection.execute(query)]
 
 
 async def _find_scope(connection: AsyncConnection, text: str) -> Scope:
+    if text.startswith(_KEY):
+        key = await find_key(connection, text.removeprefix(_KEY))
+        return Scope(_key_label(key.public_id), user_id=key.user_id, key_id=key.id)
     if not text.startswith(_ROLE):
         user = await find_user(connection, text)
-        return Scope(user.id, None, user.username)
+        return Scope(user.username, user_id=user.id)
     name = text.removeprefix(_ROLE)
     try:
-        return Scope(None, Role(name), text)
+        return Scope(text, role=Role(name))
     except ValueError:
         known = ", ".join(Role)
         raise NotFound(f"there is no role {name!r}: the roles are {known}") from None
 
 
-def _check_gateway(gateway: str) -> None:
-    if gateway not in GATEWAYS:
-        raise UsageError(f"there is no gateway {gateway!r}: the gateways are {', '.join(GATEWAYS)}")
+def _key_label(public_id: str) -> str:
+    """Not its name, which others may have too."""
+    return f"{_KEY}{keys.PREFIX}{public_id}"
 
 
 def _policy(row: Any) -> Policy:
+    if row.role is not None:
+        scope = f"{_ROLE}{row.role}"
+    else:
+        scope = row.username if row.key_id is None else _key_label(row.public_id)
     return Policy(
         id=row.id,
-        scope=row.username if row.role is None else f"{_ROLE}{row.role}",
-        user_id=row.user_id,
+        scope=scope,
+        user_id=row.owner_id,
+        username=row.username,
+        key_id=row.key_id,
+        key_name=row.key_name,
         gateway=row.gateway_type,
         model=row.model,
-        amounts={(limit.unit, limit.window): limit.amount for limit in _limits(row)},
+        shadow=row.shadow,
+        amounts=dict(_amounts(row)),
         updated_at=row.updated_at,
     )
 
 
-def _limits(row: Any) -> Iterable[Limit]:
-    for (unit, window), column in COLUMNS.items():
+def _amounts(row: Any) -> Iterable[tuple[Cell, Amount]]:
+    for cell, column in COLUMNS.items():
         amount = row._mapping[column]
         if amount is not None:
-            yield Limit(row.gateway_type, row.model, unit, window, amount)
+            yield cell, amount

@@ -143,7 +143,7 @@ async def create_key(
         user = await find_user(connection, who)
         query = insert(api_keys).values(**given, user_id=user.id, key_hash=minted.secret_hash)
         await connection.execute(query)
-        return await _find_key(connection, minted.public_id)
+        return await find_key(connection, minted.public_id)
 
 
 async def list_keys(engine: AsyncEngine, who: str | None = None) -> list[ApiKey]:
@@ -159,17 +159,17 @@ async def list_keys(engine: AsyncEngine, who: str | None = None) -> list[ApiKey]
 async def get_key(engine: AsyncEngine, which: str) -> ApiKey:
     """`which` is a key's id, its public id (with or without `plm_`), or its name."""
     async with reading(engine) as connection:
-        return await _find_key(connection, which)
+        return await find_key(connection, which)
 
 
 async def revoke_key(engine: AsyncEngine, which: str, *, now: datetime) -> ApiKey:
     """For good. Revoking twice keeps the first time."""
     async with writing(engine) as connection:
-        key = await _find_key(connection, which)
+        key = await find_key(connection, which)
         if key.revoked_at is None:
             query = update(api_keys).where(api_keys.c.id == key.id).values(revoked_at=now)
             await connection.execute(query)
-        return await _find_key(connection, key.id)
+        return await find_key(connection, key.id)
 
 
 async def count(engine: AsyncEngine) -> tuple[int, int]:
@@ -215,7 +215,7 @@ async def _unless_taken(connection: AsyncConnection, query: Any, username: str) 
         raise Conflict(f"there is a user {username!r} already") from error
 
 
-async def _find_key(connection: AsyncConnection, which: str) -> ApiKey:
+async def find_key(connection: AsyncConnection, which: str) -> ApiKey:
     parsed = keys.parse(which)
     if parsed is not None:
         raise UsageError(

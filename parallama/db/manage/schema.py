@@ -5,15 +5,18 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, text
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy import Connection, func, select, text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from parallama.config import Database
-from parallama.db import revisions
+from parallama.db import months, revisions
 from parallama.db.manage.engine import open_database, place, reading, writing
 
 if TYPE_CHECKING:
     from alembic.config import Config as AlembicConfig
+
+# Any number that nobody else in this database takes for a lock of theirs.
+_LOCK = 7_265_616_000
 
 
 @asynccontextmanager
@@ -47,10 +50,15 @@ async def upgrade(settings: Database) -> tuple[str | None, str]:
     engine = open_database(settings, create=True)
     try:
         async with writing(engine) as connection:
+            partitioned = engine.dialect.name == "postgresql"
+            if partitioned:  # SQLite has one writer at a time by itself
+                await connection.execute(select(func.pg_advisory_xact_lock(_LOCK)))
             before = await connection.run_sync(_revision)
             revisions.refuse_unknown(before, place(engine))
             if before != revisions.HEAD:
                 await connection.run_sync(_migrate)
+            if partitioned:
+                await _make_months(connection)
         return before, revisions.HEAD
     finally:
         await engine.dispose()
@@ -61,6 +69,13 @@ def _revision(connection: Connection) -> str | None:
         return None
     found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
     return None if found is None else str(found)
+
+
+async def _make_months(connection: AsyncConnection) -> None:
+    """This one and the next, so that no row has to wait for its month to be made."""
+    month = months.start_of((await connection.execute(select(func.now()))).scalar_one())
+    for each in (month, months.after(month)):
+        await connection.exec_driver_sql(months.make(each))
 
 
 def _migrate(connection: Connection) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from datetime import datetime
+from decimal import Decimal
 from typing import Any
 
 from sqlalchemy import (
@@ -17,15 +18,25 @@ from sqlalchemy import (
     Index,
     Integer,
     MetaData,
+    Numeric,
     String,
     Table,
     Text,
     TypeDecorator,
     UniqueConstraint,
     Uuid,
+    false,
+    text,
 )
 
-from parallama.db.store import from_sqlite, to_sqlite
+from parallama.db.forms import from_text, from_trillionths, to_text, to_trillionths
+
+ONE_OWNER = (
+    " + ".join(
+        f"(CASE WHEN {owner} IS NULL THEN 0 ELSE 1 END)" for owner in ("user_id", "key_id", "role")
+    )
+    + " = 1"
+)
 
 metadata = MetaData(
     naming_convention={
@@ -49,22 +60,60 @@ class UtcTime(TypeDecorator[datetime]):
     cache_ok = True
 
     def bind_processor(self, dialect: Dialect) -> Callable[[datetime | None], Any] | None:
-        if dialect.name != "sqlite":
-            return super().bind_processor(dialect)
-        return _to_sqlite
+        return _to_text if dialect.name == "sqlite" else _with_zone
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any] | None:
         if dialect.name != "sqlite":
             return super().result_processor(dialect, coltype)
-        return _from_sqlite
+        return _from_text
 
 
-def _to_sqlite(at: datetime | None) -> str | None:
-    return None if at is None else to_sqlite(at)
+class Money(TypeDecorator[Decimal]):
+    """
+    An exact amount with 12 decimals, which is what a token costs at a price with 6 per million.
+
+    SQLite knows no decimals, so there it is a whole number of trillionths, up to 9.2 million.
+    """
+
+    impl = Numeric(24, 12)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> Any:
+        if dialect.name != "sqlite":
+            return super().load_dialect_impl(dialect)
+        return dialect.type_descriptor(BigInteger())
+
+    def bind_processor(self, dialect: Dialect) -> Callable[[Decimal | None], Any] | None:
+        if dialect.name != "sqlite":
+            return super().bind_processor(dialect)
+        return _to_trillionths
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any] | None:
+        if dialect.name != "sqlite":
+            return super().result_processor(dialect, coltype)
+        return _from_trillionths
 
 
-def _from_sqlite(text: str | None) -> datetime | None:
-    return None if text is None else from_sqlite(text)
+def _to_trillionths(amount: Decimal | None) -> int | None:
+    return None if amount is None else to_trillionths(amount)
+
+
+def _from_trillionths(count: int | None) -> Decimal | None:
+    return None if count is None else from_trillionths(count)
+
+
+def _to_text(at: datetime | None) -> str | None:
+    return None if at is None else to_text(at)
+
+
+def _with_zone(at: datetime | None) -> datetime | None:
+    if at is not None and at.tzinfo is None:
+        raise ValueError("a time without its zone")
+    return at
+
+
+def _from_text(text: str | None) -> datetime | None:
+    return None if text is None else from_text(text)
 
 
 users = Table(
@@ -113,23 +162,67 @@ gateway_rate_limits = Table(
     "gateway_rate_limits",
     metadata,
     Column("id", Id, primary_key=True),
+    # Whose: exactly one of these. A role's row is the default of its users, and nobody's own.
     Column("user_id", Id, ForeignKey("users.id", ondelete="CASCADE")),
-    Column("role", String(50)),  # the row is a role's default, and nobody's own
+    Column("key_id", Id, ForeignKey("api_keys.id", ondelete="CASCADE"), index=True),
+    Column("role", String(50)),
     Column("gateway_type", String(50), nullable=False),
     Column("model", String(255), nullable=False, server_default="*"),
     Column("token_limit_minute", BigInteger),
     Column("token_limit_hourly", BigInteger),
     Column("token_limit_daily", BigInteger),
+    Column("token_limit_monthly", BigInteger),
     Column("request_limit_minute", BigInteger),
     Column("request_limit_hourly", BigInteger),
     Column("request_limit_daily", BigInteger),
+    Column("request_limit_monthly", BigInteger),
+    Column("compute_limit_minute", BigInteger),  # seconds
+    Column("compute_limit_hourly", BigInteger),
+    Column("compute_limit_daily", BigInteger),
+    Column("compute_limit_monthly", BigInteger),
+    Column("cost_limit_daily", Money),
+    Column("cost_limit_monthly", Money),
+    Column("concurrent_limit", BigInteger),
+    # Counts and reports, and never refuses.
+    Column("shadow", Boolean, nullable=False, server_default=false()),
     Column("updated_at", UtcTime, nullable=False),
-    CheckConstraint("(user_id IS NULL) <> (role IS NULL)", name="user_or_role"),
-    UniqueConstraint("user_id", "gateway_type", "model"),
-    UniqueConstraint("role", "gateway_type", "model"),
+    CheckConstraint(ONE_OWNER, name="one_owner"),
+    UniqueConstraint("user_id", "gateway_type", "model", "shadow"),
+    UniqueConstraint("key_id", "gateway_type", "model", "shadow"),
+    UniqueConstraint("role", "gateway_type", "model", "shadow"),
+)
+
+# What a user may use beyond the limits, until a time.
+limit_grants = Table(
+    "limit_grants",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("user_id", Id, ForeignKey("users.id", ondelete="CASCADE"), nullable=False, index=True),
+    Column("gateway_type", String(50), nullable=False, server_default="*"),
+    Column("model", String(255), nullable=False, server_default="*"),
+    Column("unit", String(50), nullable=False),
+    Column("amount", BigInteger),  # requests, tokens, seconds
+    Column("cost", Money),  # or money
+    Column("created_at", UtcTime, nullable=False),
+    Column("expires_at", UtcTime, nullable=False),
+    CheckConstraint("(amount IS NULL) <> (cost IS NULL)", name="amount_or_cost"),
+)
+
+model_prices = Table(
+    "model_prices",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("model", String(255), nullable=False, unique=True),  # a name, or its beginning with *
+    Column("prompt_per_million", Money, nullable=False),
+    Column("completion_per_million", Money, nullable=False),
+    Column("cached_per_million", Money),  # NULL: as the prompt
+    Column("compute_per_second", Money),  # NULL: nothing
+    Column("updated_at", UtcTime, nullable=False),
 )
 
 # Without foreign keys: what was used stays known when its user or key is gone.
+# On PostgreSQL each month is a partition (parallama.db.months), and has to be known from both keys:
+# they are (id, timestamp) and (request_id, timestamp) there.
 gateway_usage_logs = Table(
     "gateway_usage_logs",
     metadata,
@@ -159,7 +252,15 @@ gateway_usage_logs = Table(
     Column("time_to_first_token", Float),
     Column("compute_ms", Float),
     Column("upstream_host", String(255)),
+    Column("cost", Money),  # NULL: the model has no price
     Index(None, "user_id", "timestamp"),
+    # Rows that stand for lost ones: found without looking at the others.
+    Index(
+        "ix_gateway_usage_logs_unknown",
+        "request_id",
+        sqlite_where=text("token_source = 'unknown'"),
+        postgresql_where=text("token_source = 'unknown'"),
+    ),
 )
 
 model_mappings = Table(

@@ -7,8 +7,12 @@ from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import (
+    BigInteger,
     ColumnElement,
+    String,
+    and_,
     case,
+    cast,
     func,
     or_,
     select,
@@ -24,8 +28,6 @@ from parallama.errors import NotFound
 from parallama.usage import UsageRecord
 
 _PAGE_ROWS = 1000
-
-_PAGE_ROWS = 1000
 _ROWS = select(*(table.c[column] for column in COLUMNS))
 
 BY: Mapping[str, Mapping[str, ColumnElement[Any]]] = MappingProxyType(
@@ -34,19 +36,30 @@ BY: Mapping[str, Mapping[str, ColumnElement[Any]]] = MappingProxyType(
         "key": {"key_id": table.c.key_id},
         "gateway": {"gateway": table.c.gateway_type},
         "model": {"model_name": table.c.model_name},
-        "day": {"day": func.date(table.c.timestamp)},
+        "day": {"day": cast(func.date(table.c.timestamp), String)},
     }
 )
 """What `summary` can group by, and the columns that this gives."""
 
+_UNPRICED = and_(table.c.cost.is_(None), table.c.tokens_used > 0)
+
+
+def _sum(numbers: ColumnElement[Any]) -> ColumnElement[int]:
+    """A whole number: PostgreSQL would make a decimal of it."""
+    return func.coalesce(cast(func.sum(numbers), BigInteger), 0)
+
+
 _SUMS: Mapping[str, ColumnElement[Any]] = MappingProxyType(
     {
         "requests": func.count(),
-        "errors": func.coalesce(func.sum(case((table.c.status_code >= 400, 1), else_=0)), 0),
-        "aborted": func.coalesce(func.sum(case((table.c.aborted, 1), else_=0)), 0),
-        "prompt_tokens": func.coalesce(func.sum(table.c.prompt_tokens), 0),
-        "completion_tokens": func.coalesce(func.sum(table.c.completion_tokens), 0),
-        "tokens_used": func.coalesce(func.sum(table.c.tokens_used), 0),
+        "errors": _sum(case((table.c.status_code >= 400, 1), else_=0)),
+        "aborted": _sum(case((table.c.aborted, 1), else_=0)),
+        "prompt_tokens": _sum(table.c.prompt_tokens),
+        "completion_tokens": _sum(table.c.completion_tokens),
+        "tokens_used": _sum(table.c.tokens_used),
+        # None where nothing has a cost, and next to it how much this leaves out.
+        "cost": func.sum(table.c.cost),
+        "without_cost": _sum(case((_UNPRICED, 1), else_=0)),
     }
 )
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import pytest
 import uvloop
@@ -17,9 +18,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from parallama.counters import Call, Counters, Lost
 from parallama.limits import Limit, Unit, Window
 from ratelimit import rules
-from ratelimit.buckets import Buckets, Taken
 
 NOON = 1_700_049_600.0  # 2023-11-15 12:00:00 UTC
 LEASE = 600
@@ -33,21 +34,53 @@ def tokens(amount, window=Window.HOUR) -> Limit:
     return limit(Unit.TOKENS, window, amount)
 
 
-class Counters:
-    """`Buckets` with limits and time as the tests like to say them."""
+@dataclass
+class Answer:
+    taken: bool
+    held: int
+    levels: list[rules.Level]
+    known: bool
+
+
+class Desk:
+    """`Counters` with limits and time as the tests like to say them."""
 
     def __init__(self, redis) -> None:
         self.redis = redis
-        self.buckets = Buckets(redis, lease=LEASE, timeout=5)
+        self.counters = Counters(redis, lease=LEASE, timeout=5)
 
-    async def reserve(
-        self, limits, id="r", amount=1, *, user="u", gateway="g", model="m", now=NOON
-    ) -> Taken:
-        met = rules.buckets(limits, gateway, model, now)
-        return await self.buckets.reserve(user, id, amount, met, now)
+    async def ask(
+        self, limits, id="r", amount=1, *, user="u", key="k", gateway="g", model="m", now=NOON,
+        least=0, compute=0, cost=0,
+    ) -> Answer:  # fmt: skip
+        met = rules.buckets(limits, gateway, model, key, now)
+        need = rules.Need(0, amount, compute, cost)
+        call = Call(id, user, key, gateway, "openai", "/v1/chat/completions", model, now)
+        holds = [at.hold(need.of(at.limit.unit)) for at in met]
+        taken = await self.counters.reserve(call, holds, tokens=amount, least=least, now=now)
+        levels = [
+            rules.Level(at, level.used, level.reserved, level.full)
+            for at, level in zip(met, taken.levels, strict=False)
+        ]
+        return Answer(taken.taken, taken.tokens, levels, taken.known)
+
+    async def reserve(self, limits, id="r", amount=1, *, user="u", **about) -> Answer:
+        """As `ask`, of a user who has spent nothing before."""
+        answer = await self.ask(limits, id, amount, user=user, **about)
+        if not answer.known:
+            await self.counters.seed(user, [], [], 0)
+            answer = await self.ask(limits, id, amount, user=user, **about)
+        return answer
 
     async def settle(self, id="r", used=0, *, user="u", now=NOON) -> int:
-        return await self.buckets.settle(user, id, used, now)
+        return await self.counters.settle(user, id, used, now)
+
+    async def close(self, id="r", used=0, *, user="u", now=NOON, compute=0, cost=0) -> int:
+        amounts = {"tokens": used, "compute": compute, "cost": cost}
+        return await self.counters.close(user, id, **amounts, now=now)
+
+    async def expire(self, now) -> list[Lost]:
+        return await self.counters.expire(now)
 
     async def look(self, limits, **about) -> list[tuple[int, int]]:
         """What the buckets hold, seen through a request that finds no room."""
@@ -57,20 +90,21 @@ class Counters:
         return [(at.used, at.reserved) for at in seen.levels if at.bucket.limit not in none]
 
     async def open(self, user="u") -> int:
-        return await self.redis.zcard(f"rl:{{{user}}}:open")
+        keys = await self.redis.keys("*:open")
+        return sum([await self.redis.zcard(key) for key in keys])
 
 
 @asynccontextmanager
-async def counting(redis) -> AsyncIterator[Counters]:
-    counters = Counters(redis)
+async def counting(redis) -> AsyncIterator[Desk]:
+    counters = Desk(redis)
     try:
         yield counters
     finally:
-        await counters.buckets.aclose()
+        await counters.counters.aclose()
 
 
 def story(told):
-    """A test that is given `Counters` on an empty Valkey."""
+    """A test that is given a `Desk` on an empty Valkey."""
 
     def test(valkey):
         async def run(redis):
@@ -107,6 +141,9 @@ async def test_settling_replaces_what_was_held_by_what_was_used(counters):
     assert await counters.look(limits) == [(0, 300), (0, 300)]
     assert await counters.settle(used=120) == 1
     assert await counters.look(limits) == [(120, 0), (120, 0)]
+    assert await counters.open() == 1  # its row is still to come
+    assert [await counters.close(used=120) for _ in range(2)] == [1, 0]
+    assert await counters.look(limits) == [(120, 0), (120, 0)]
     assert await counters.open() == 0
 
 
@@ -123,7 +160,7 @@ async def test_all_or_none(counters):
 async def test_zero_refuses_the_first_call(counters):
     assert not (await counters.reserve([limit(amount=0)])).taken
     assert not (await counters.reserve([tokens(0)])).taken
-    assert await counters.redis.keys() == []
+    assert await counters.open() == 0
 
 
 @story
@@ -182,15 +219,21 @@ async def test_settling_twice_charges_once(counters):
 
 @story
 async def test_settling_what_nobody_reserved_charges_nobody(counters):
-    assert await counters.settle("never", 100) == -1
+    assert await counters.settle("never", 100) == -2
+    assert await counters.close("never", 100) == -1
     assert await counters.redis.keys() == []
+    await counters.reserve([tokens(100)])
+    assert await counters.settle("never", 100) == -1
 
 
 @story
 async def test_what_nobody_settles_is_given_back_when_its_lease_ends(counters):
     limits = [tokens(100)]
     await counters.reserve(limits, "r1", 100)
+    assert await counters.expire(NOON + LEASE - 1) == []
     assert not (await counters.reserve(limits, "r2", now=NOON + LEASE - 1)).taken
+    (lost,) = await counters.expire(NOON + LEASE)
+    assert (lost.call.request_id, lost.call.at, lost.tokens) == ("r1", NOON, None)
     assert (await counters.reserve(limits, "r2", now=NOON + LEASE)).taken
     assert await counters.look(limits, now=NOON + LEASE) == [(0, 1)]
 
@@ -200,20 +243,160 @@ async def test_a_late_settle_charges_once_and_gives_nothing_back_twice(counters)
     limits = [tokens(100)]
     await counters.reserve(limits, "r1", 60)
     after = NOON + LEASE
+    assert len(await counters.expire(after)) == 1
     await counters.reserve(limits, "r2", 40, now=after)
     assert [await counters.settle("r1", 50, now=after) for _ in range(2)] == [1, 0]
+    assert await counters.look(limits, now=after) == [(50, 40)]
+    assert [await counters.close("r1", 50, now=after) for _ in range(2)] == [1, 0]
     assert await counters.look(limits, now=after) == [(50, 40)]
 
 
 @story
-async def test_more_leases_end_than_one_call_releases(counters):
-    limits = [tokens(1000)]
-    for i in range(130):
-        await counters.reserve(limits, f"r{i}", 1)
-    await counters.look(limits, now=NOON + LEASE)
-    assert await counters.open() == 30
-    assert await counters.look(limits, now=NOON + LEASE) == [(0, 0)]
+async def test_a_lost_call_is_named_again_until_its_row_is_stored(counters):
+    """Two who look at once are not told of the same one; one who dies is followed by another."""
+    for i in range(30):
+        await counters.reserve([tokens(1000)], f"r{i}", 1)
+    after = NOON + LEASE
+    first, second = await asyncio.gather(counters.expire(after), counters.expire(after))
+    assert len(first) + len(second) == 30
+    assert await counters.expire(after + 1) == []
+    assert await counters.counters.overdue(after) == 0
+    assert await counters.counters.overdue(after + LEASE) == 30
+    later = after + LEASE
+    again = await counters.expire(later)
+    assert {at.call.request_id for at in again} == {f"r{i}" for i in range(30)}
+    await counters.counters.drop(again)
     assert await counters.open() == 0
+    assert await counters.expire(later + 10 * LEASE) == []
+    assert await counters.look([tokens(1000)], now=later) == [(0, 0)]
+
+
+@story
+async def test_a_settled_call_whose_row_never_comes_is_lost_with_its_tokens(counters):
+    limits = [tokens(1000), limit(Unit.COST, Window.DAY, 10**9)]
+    await counters.reserve(limits, "r1", 60, cost=500)
+    await counters.settle("r1", 50, now=NOON + 10)
+    assert await counters.look(limits) == [(50, 0), (0, 500)]
+    assert await counters.expire(NOON + LEASE) == []  # its row has as long again
+    (lost,) = await counters.expire(NOON + 10 + LEASE)
+    assert lost.tokens == 50
+    # What it cost nobody knows: what was held is charged.
+    assert await counters.look(limits) == [(50, 0), (500, 0)]
+
+
+@story
+async def test_more_leases_end_than_one_look_takes(counters):
+    limits = [tokens(1000)]
+    for i in range(230):
+        await counters.reserve(limits, f"r{i}", 1)
+    assert len(await counters.expire(NOON + LEASE)) == 200
+    assert len(await counters.expire(NOON + LEASE)) == 30
+    assert await counters.look(limits, now=NOON + LEASE) == [(0, 0)]
+
+
+@story
+async def test_compute_and_money_are_held_until_the_row_says_what_they_were(counters):
+    limits = [limit(Unit.COMPUTE_SECONDS, Window.HOUR, 5000), limit(Unit.COST, Window.DAY, 1000)]
+    await counters.reserve(limits, "r1", 10, compute=3000, cost=600)
+    assert await counters.settle("r1", 7) == 1
+    assert await counters.look(limits) == [(0, 3000), (0, 600)]
+    refused = await counters.reserve(limits, "r2", 10, compute=3000, cost=100)
+    assert [level.full for level in refused.levels] == [True, False]
+    assert await counters.close("r1", 7, compute=1234, cost=42) == 1
+    assert await counters.look(limits) == [(1234, 0), (42, 0)]
+
+
+@story
+async def test_a_row_settles_what_nobody_settled(counters):
+    limits = [tokens(1000), limit(Unit.CONCURRENT, Window.MOMENT, 1)]
+    await counters.reserve(limits, "r1", 100)
+    assert await counters.close("r1", 70) == 1
+    assert await counters.settle("r1", 70) == 0
+    assert await counters.look(limits) == [(70, 0), (0, 0)]
+
+
+@story
+async def test_so_many_at_once_and_no_more(counters):
+    limits = [limit(Unit.CONCURRENT, Window.MOMENT, 3)]
+    answers = await asyncio.gather(*(counters.reserve(limits, f"r{i}") for i in range(20)))
+    assert sum(answer.taken for answer in answers) == 3
+    taken = [f"r{i}" for i, answer in enumerate(answers) if answer.taken]
+    await counters.settle(taken[0], 5)
+    assert (await counters.reserve(limits, "next")).taken
+    assert not (await counters.reserve(limits, "after")).taken
+    # One whose end nobody tells holds its place for as long as its lease.
+    assert (await counters.reserve(limits, "late", now=NOON + LEASE)).taken
+
+
+@story
+async def test_of_a_key_and_of_a_model_are_counted_apart(counters):
+    of_key = [Limit("*", "*", Unit.REQUESTS, Window.HOUR, 1, key="k1")]
+    assert (await counters.reserve(of_key, "r1", key="k1")).taken
+    assert not (await counters.reserve(of_key, "r2", key="k1")).taken
+    assert (await counters.reserve(of_key, "r3", key="k2")).taken
+
+
+@story
+async def test_a_shadow_counts_and_refuses_nothing(counters):
+    limits = [Limit("*", "*", Unit.TOKENS, Window.HOUR, 10, shadow=True), tokens(1000)]
+    answers = [await counters.reserve(limits, f"r{i}", 8) for i in range(3)]
+    assert [answer.taken for answer in answers] == [True, True, True]
+    assert [answer.levels[0].full for answer in answers] == [False, True, True]
+    assert [answer.levels[0].refuses for answer in answers] == [False, False, False]
+    assert answers[2].levels[0].reserved == 24
+
+
+@story
+async def test_hard_gives_what_is_left_and_never_more(counters):
+    limits = [tokens(100), tokens(1000, Window.DAY)]
+    answers = [await counters.reserve(limits, f"r{i}", 60, least=10) for i in range(3)]
+    assert [(answer.taken, answer.held) for answer in answers[:2]] == [(True, 60), (True, 40)]
+    assert not answers[2].taken
+    await counters.settle("r0", 45)
+    # 15 are left, and fewer than 16 are of no use.
+    assert not (await counters.reserve(limits, "r3", 60, least=16)).taken
+    assert (await counters.reserve(limits, "r4", 60, least=15)).held == 15
+
+
+@story
+async def test_what_was_spent_before_is_asked_for(counters):
+    limits = [tokens(1000), limit(amount=10, window=Window.DAY)]
+    assert not (await counters.ask(limits)).known
+    assert await counters.open() == 0
+    met = rules.buckets(limits, "g", "m", "k", NOON)
+    spent = [(met[0].hold(0), 990), (met[1].hold(0), 7)]
+    await counters.counters.seed("u", spent, ["old"], NOON)
+    answer = await counters.ask(limits, "r1", 5)
+    assert (answer.known, answer.taken) == (True, True)
+    assert [(at.used, at.reserved) for at in answer.levels] == [(990, 5), (8, 0)]
+    # That one is in those sums.
+    assert await counters.settle("old", 100) == 0
+    # A window that begins from now on begins empty; one that began before must be asked for.
+    assert (await counters.ask(limits, "r2", now=NOON + 3600)).known
+    assert not (await counters.ask([limit(amount=3, window=Window.MONTH)], "r3")).known
+
+
+@story
+async def test_telling_what_was_spent_changes_no_count_that_is_there(counters):
+    limits = [tokens(1000)]
+    await counters.reserve(limits, "r1", 30)
+    met = rules.buckets(limits, "g", "m", "k", NOON)
+    await counters.counters.seed("u", [(met[0].hold(0), 500)], ["r1"], NOON)
+    assert await counters.settle("r1", 20) == 1
+    assert await counters.look(limits) == [(20, 0)]
+
+
+@story
+async def test_a_call_that_was_lost_with_the_counters_is_charged_once(counters):
+    limits = [tokens(1000)]
+    met = rules.buckets(limits, "g", "m", "k", NOON)
+    spent = [(met[0].hold(0), 40)]
+    assert await counters.counters.charge("u", "r1", spent, NOON) == -2
+    await counters.counters.seed("u", [(met[0].hold(0), 100)], ["in the rows"], NOON)
+    charged = [await counters.counters.charge("u", "r1", spent, NOON) for _ in range(2)]
+    assert charged == [1, 0]
+    assert await counters.counters.charge("u", "in the rows", spent, NOON) == 0
+    assert await counters.look(limits) == [(140, 0)]
 
 
 @story
@@ -278,6 +461,9 @@ def test_hostile_names_are_only_names(valkey, name):
             assert [(at.used, at.reserved) for at in seen.levels] == [(2, 0), (50, 50)]
             tags = {key[: key.index(b"}") + 1] for key in await redis.keys()}
             assert len(tags) == 1
+            lost = await counters.expire(NOON + LEASE + 1)
+            told = {(at.call.user, at.call.model, at.call.request_id) for at in lost}
+            assert told == {(name, name, name), (name, name, "r2")}
 
     valkey.run(told)
 
@@ -289,9 +475,14 @@ async def test_every_count_expires_after_its_window(counters):
     await counters.settle("r1", 5)
     await counters.reserve(limits, "r2", 10)
     lives = {key: await counters.redis.ttl(key) for key in await counters.redis.keys()}
+    await counters.close("r1", 5)
+    lives = {key: await counters.redis.ttl(key) for key in await counters.redis.keys()}
     hour, minute = 3600 + LEASE, 60 + LEASE
-    assert lives.pop(b"rl:{u}:open") == -1  # goes with its last member
-    assert sorted(round(seconds, -1) for seconds in lives.values()) == [60, minute, hour, hour]
+    assert [lives.pop(key) for key in list(lives) if key.endswith(b":open")] == [-1]
+    known = 40 * 86400  # longer than any window
+    assert sorted(round(seconds, -1) for seconds in lives.values()) == [
+        120, minute, hour, hour + 3 * LEASE, known
+    ]  # fmt: skip
 
 
 @story
@@ -365,10 +556,11 @@ class ReserveAndSettle(RuleBasedStateMachine):
         self.runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         self.valkey.flush()
         self.redis = self.valkey.client()
-        self.counters = Counters(self.redis)
+        self.counters = Desk(self.redis)
         self.now = NOON
         self.limits = [limit(amount=1000), tokens(QUOTA), tokens(3 * QUOTA, Window.DAY)]
         self.open = {}  # id: held, lease end, hour
+        self.settled = {}  # id: used, lease end
         self.spent = {}  # hour: tokens
         self.admitted = 0
 
@@ -394,6 +586,26 @@ class ReserveAndSettle(RuleBasedStateMachine):
         assert self.run(self.counters.settle(id, used, now=self.now)) == 1
         if again:
             assert self.run(self.counters.settle(id, used, now=self.now)) == 0
+        self.settled[id] = (used, self.now + LEASE)
+        self.spent[hour] = self.spent.get(hour, 0) + used
+
+    @precondition(lambda self: self.settled)
+    @rule(data=st.data(), again=st.booleans())
+    def close(self, data, again):
+        id = data.draw(st.sampled_from(sorted(self.settled)))
+        used, _ = self.settled.pop(id)
+        assert self.run(self.counters.close(id, used, now=self.now)) == 1
+        if again:
+            assert self.run(self.counters.close(id, used, now=self.now)) == 0
+            assert self.run(self.counters.settle(id, used, now=self.now)) == 0
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data(), share=st.floats(0, 1))
+    def close_what_nobody_settled(self, data, share):
+        id = data.draw(st.sampled_from(sorted(self.open)))
+        held, _, hour = self.open.pop(id)
+        used = int(held * share)
+        assert self.run(self.counters.close(id, used, now=self.now)) == 1
         self.spent[hour] = self.spent.get(hour, 0) + used
 
     @precondition(lambda self: self.open)
@@ -406,7 +618,13 @@ class ReserveAndSettle(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([1, 60, LEASE, 3600]))
     def wait(self, seconds):
         self.now += seconds
-        self.open = {id: call for id, call in self.open.items() if call[1] > self.now}
+        lost = self.run(self.counters.expire(self.now))
+        self.run(self.counters.counters.drop(lost))
+        over = {id: None for id, call in self.open.items() if call[1] <= self.now}
+        over |= {id: used for id, (used, end) in self.settled.items() if end <= self.now}
+        assert {at.call.request_id: at.tokens for at in lost} == over
+        self.open = {id: call for id, call in self.open.items() if id not in over}
+        self.settled = {id: call for id, call in self.settled.items() if id not in over}
 
     @invariant()
     def no_more_is_spent_than_the_quota_and_one_crossing(self):
@@ -420,15 +638,15 @@ class ReserveAndSettle(RuleBasedStateMachine):
         assert hour == (self.spent.get(self.hour(), 0), held)
         assert day[0] == sum(self.spent.values()) or self.now >= NOON + 12 * 3600
         assert min(*hour, *day) >= 0
-        assert self.run(self.counters.open()) == len(self.open)
+        assert self.run(self.counters.open()) == len(self.open) + len(self.settled)
 
     def teardown(self):
         if not hasattr(self, "runner"):
             return
-        for id in list(self.open):
-            self.run(self.counters.settle(id, 0, now=self.now))
+        for id in (*self.open, *self.settled):
+            self.run(self.counters.close(id, 0, now=self.now))
         assert self.run(self.counters.open()) == 0
-        self.run(self.counters.buckets.aclose())
+        self.run(self.counters.counters.aclose())
         self.run(self.redis.aclose())
         self.runner.close()
 
