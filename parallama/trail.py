@@ -161,7 +161,7 @@ class Trail:
         self._turn: int | None = None
 
     async def take_turn(self, pause: Callable[[], Awaitable[None]]) -> None:
-        """Return when nobody else reads the trail any more. It is ours until this process ends."""
+        """Return when nobody else reads the trail. It is ours until `end_turn`, or our death."""
         turn = os.open(self.folder / _TURN, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             while True:
@@ -173,6 +173,11 @@ class Trail:
             os.close(turn)
             raise
         self._turn = turn
+
+    def end_turn(self) -> None:
+        if self._turn is not None:
+            os.close(self._turn)
+            self._turn = None
 
     @property
     def is_ours(self) -> bool:

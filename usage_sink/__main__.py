@@ -114,6 +114,7 @@ async def main(config: Config) -> None:
             for loop in loops:
                 loop.cancel()
             await asyncio.wait(loops)
+        trail.end_turn()
 
 
 async def _priced(db: Store, records: Records) -> Records:

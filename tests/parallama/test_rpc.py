@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import os
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
@@ -466,6 +467,38 @@ def test_a_socket_that_is_left_over_is_replaced_and_is_for_this_user(
         async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
             assert (await health_pb2_grpc.HealthStub(channel).Check(HEALTH)).status == 1
         await server.stop(1)
+
+    run(story())
+
+
+def test_a_server_takes_the_place_of_another_without_a_gap(run: Run, tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+
+    async def story() -> None:
+        old, new = rpc.Server({}), rpc.Server({})
+        await old.start(path)
+        over = asyncio.Event()
+
+        async def connect_again_and_again() -> int:
+            count = 0
+            while not over.is_set():
+                _, writer = await asyncio.open_unix_connection(path)
+                writer.close()
+                await writer.wait_closed()
+                count += 1
+            return count
+
+        connecting = asyncio.create_task(connect_again_and_again())
+        async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            assert (await health.Check(HEALTH)).status == 1
+            await new.start(path)
+            await old.stop(5)
+            assert (await health.Check(HEALTH)).status == 1
+        over.set()
+        assert await connecting > 0
+        assert os.listdir(tmp_path) == ["s"]
+        await new.stop(5)
 
     run(story())
 

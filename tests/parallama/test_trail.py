@@ -1,5 +1,6 @@
 """The trail: what a line means, where a reader is, and what is kept of what cannot be read."""
 
+import asyncio
 import io
 import json
 import os
@@ -284,3 +285,27 @@ def test_who_is_in_a_line_is_what_authz_wrote() -> None:
     finished = parse(a_line(who=WHO))
     assert finished is not None
     assert finished.record.username == WHO[c.USERNAME]
+
+
+def test_one_at_a_time_reads_it(tmp_path: Path) -> None:
+    first, second = Trail(tmp_path), Trail(tmp_path)
+
+    async def story() -> None:
+        async def never() -> None:
+            raise AssertionError
+
+        await first.take_turn(never)
+        waits = 0
+
+        async def pause() -> None:
+            nonlocal waits
+            waits += 1
+            assert not second.is_ours
+            if waits == 3:
+                first.end_turn()
+
+        await second.take_turn(pause)
+        assert waits == 3
+        second.end_turn()
+
+    asyncio.run(story())
