@@ -41,6 +41,9 @@ CHAT = {"model": "smollm2", "messages": [{"role": "user", "content": PROMPT}]}
 GENERATE = {"model": "smollm2", "prompt": PROMPT}
 EMBED = {"model": "smollm2", "input": PROMPT}
 
+# What is said of upstreams that lie, which stories about counting make them do.
+_LIES = "the upstream reported a usage that cannot be"
+
 # Rows come at once instead of waiting for company.
 _QUICK = "usage: {flush_seconds: 0.01}\n"
 
@@ -388,5 +391,9 @@ def _check_log(gateway: Gateway, *, complaints: bool) -> None:
     assert "Traceback" not in log, log[log.index("Traceback") :][:3000]
     assert "Warning: " not in log, log[log.index("Warning: ") - 200 :][:1000]
     assert "script log" not in log, log[log.index("script log") - 200 :][:1000]
-    bad = [event for event in gateway.events() if event["level"] not in ("debug", "info")]
+    bad = [
+        event
+        for event in gateway.events()
+        if event["level"] not in ("debug", "info") and event["event"] != _LIES
+    ]
     assert complaints or not bad, bad

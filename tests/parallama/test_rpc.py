@@ -471,6 +471,7 @@ def test_a_socket_that_is_left_over_is_replaced_and_is_for_this_user(
     run(story())
 
 
+@pytest.mark.parametrize("run", ["uvloop"], indirect=True)
 def test_a_server_takes_the_place_of_another_without_a_gap(run: Run, tmp_path: Path) -> None:
     path = str(tmp_path / "s")
 
