@@ -47,7 +47,8 @@ def test_fifty_that_name_no_maximum_against_ten(gateway: Gateway) -> None:
     answers = at_once(someone, 50, CHAT)
     passed = [answer for answer in answers if answer.status_code == 200]
     assert {answer.status_code for answer in answers} == {200, 429}
-    assert 8 <= len(passed) <= 10
+    hard = gateway.config.rate_limiting.enforcement == "hard"
+    assert 8 <= len(passed) <= (12 if hard else 10)
     assert sum(gateway.row(answer)["tokens_used"] for answer in passed) <= 10 * ONE
 
 
@@ -55,7 +56,9 @@ def test_two_hundred_against_twenty(gateway: Gateway) -> None:
     someone = gateway.someone(tokens=20 * ONE)
     answers = at_once(someone, 200, {**CHAT, "max_tokens": ANSWER})
     spent = sum(gateway.row(a)["tokens_used"] for a in answers if a.status_code == 200)
-    assert sum(answer.status_code == 200 for answer in answers) in (19, 20)
+    # Where limits are hard, what is left may be enough for one more answer that is cut short.
+    hard = gateway.config.rate_limiting.enforcement == "hard"
+    assert 19 <= sum(answer.status_code == 200 for answer in answers) <= (22 if hard else 20)
     assert spent <= 20 * ONE
 
 
