@@ -1,11 +1,12 @@
 # Everything a developer or a first-time user needs. `make help` lists it.
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lint format faults bench bench-sink bench-decisions lock clean
+.PHONY: help setup run test check lint format fuzz faults bench bench-sink bench-decisions lock clean
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STATE ?= .parallama
+FUZZ ?= 100
 STAMP := $(VENV)/.installed
 
 help: ## this list
@@ -49,6 +50,9 @@ bench-sink: setup ## rows a second into PostgreSQL and SQLite, and what a row co
 
 bench-decisions: setup ## decisions of ratelimit by the number of users
 	$(BIN)/python -m bench.decisions
+
+fuzz: setup ## property tests with FUZZ=100 times as many examples, others each time
+	FUZZ=$(FUZZ) $(BIN)/python -m pytest -m hypothesis
 
 faults: setup ## kill everything under load, one after the other, and compare the books
 	$(BIN)/python -m tests.faults

@@ -16,6 +16,8 @@ DECIMALS = 6
 _PER_UNIT = 10**DECIMALS
 _COST_DECIMALS = 12
 
+_LARGEST_COMPUTE_MS = 1e15  # 30,000 years; a thousand times the largest float is none
+
 LARGEST_COST = Decimal(9_000_000)
 """Of one request; whatever an upstream makes up. SQLite and the counters hold no more of it."""
 
@@ -129,7 +131,8 @@ def cost_of(
     cost = (asked - remembered) * _per_unit(price.prompt) + answered * _per_unit(price.completion)
     cost += remembered * _per_unit(price.prompt if price.cached is None else price.cached)
     if price.compute_second is not None and compute_ms is not None and isfinite(compute_ms):
-        cost += _count(round(compute_ms * 1000)) * _per_unit(price.compute_second)
+        microseconds = round(min(compute_ms, _LARGEST_COMPUTE_MS) * 1000)
+        cost += _count(microseconds) * _per_unit(price.compute_second)
     return min(Decimal(cost).scaleb(-_COST_DECIMALS), LARGEST_COST)
 
 

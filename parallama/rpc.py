@@ -66,6 +66,7 @@ _OK = http2.field(b"grpc-status", b"0")
 _UNESCAPED = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")  # in a grpc-message
 _TOO_LARGE = RpcError(Status.RESOURCE_EXHAUSTED, "the message is too large")
 _BACKLOG = 100
+_TURNS_TO_MEET = 3  # of the event loop: to poll, to accept, to say so
 _LAST_WORDS = 1.0  # seconds for what was cancelled to end
 
 
@@ -235,8 +236,10 @@ class Server:
 
         For as long again, what clients had sent of streams may be consumed. Then that is cancelled.
         """
+        await self._meet()  # a socket that closes resets whoever still waits in its backlog
         self.serving = False
         self._listener.close()
+        await self._meet()  # one that was accepted and that nobody closes keeps uvloop from ending
         for connection in self.connections:
             connection.drain()
         await self._until(lambda: all(each.drained for each in self.connections), grace)
@@ -249,6 +252,11 @@ class Server:
             if not (isinstance(task, asyncio.Task) and task.cancelling()):  # once, not twice
                 task.cancel()
         await self._until(self._over, _LAST_WORDS)
+
+    async def _meet(self) -> None:
+        """Let the event loop accept who is there, and make them known to us."""
+        for _ in range(_TURNS_TO_MEET):
+            await asyncio.sleep(0)
 
     def _over(self) -> bool:
         return not self.connections and not self.tasks

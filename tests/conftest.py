@@ -1,4 +1,4 @@
-"""Databases for the tests of all parts."""
+"""Databases for the tests of all parts, and how many examples they try."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from parallama.config import Database
+from tests import examples as examples  # it sets what Hypothesis does
 from tests.containers import stores
 from tests.parallama.db_on_disk import settings
 from tests.postgres import Postgres

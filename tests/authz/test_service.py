@@ -13,7 +13,7 @@ import grpc
 import pytest
 from envoy.service.auth.v3 import external_auth_pb2 as pb
 from envoy.service.auth.v3.external_auth_pb2_grpc import AuthorizationStub
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, example, given
 from hypothesis import strategies as st
 
 from authz.keyring import Keyring
@@ -24,6 +24,7 @@ from parallama.db.accounts import KeyRecord
 from parallama.errors import Unavailable
 from parallama.roles import Role
 from tests.authz.make import MINTED, NOW, TOKEN, WRONG, a_check, a_key, a_model_check
+from tests.examples import examples
 
 T = TypeVar("T")
 Ask = Callable[[pb.CheckRequest], Awaitable[pb.CheckResponse]]
@@ -269,7 +270,7 @@ def _may_be_yes(check: pb.CheckRequest) -> bool:
 
 @given(st.lists(questions(), min_size=1, max_size=20))
 @example([a_check(), a_model_check(lua={c.MODEL: "llama3"})])
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(60, suppress_health_check=list(HealthCheck))
 def test_no_rubbish_is_allowed_and_none_goes_unanswered(checks: list[pb.CheckRequest]) -> None:
     async def story(ask: Ask) -> list[bool]:
         return [is_yes(await ask(check)) for check in checks]
@@ -281,7 +282,7 @@ def test_no_rubbish_is_allowed_and_none_goes_unanswered(checks: list[pb.CheckReq
 
 @given(st.integers(0, 400), st.binary(min_size=1, max_size=8))
 @example(0, b"\xff\xff")
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_bytes_that_are_no_message_are_an_error_and_not_an_allow(at: int, flip: bytes) -> None:
     """Envoy takes an error for a refusal: `failure_mode_allow: false`."""
     whole = a_check(headers={}).SerializeToString()

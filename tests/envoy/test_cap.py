@@ -4,11 +4,12 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from parallama.contract import CAP, RATELIMIT
 from tests.envoy.lua_host import Filter, chat, ollama
+from tests.examples import examples
 
 FACTS, SPLICE = Filter("facts"), Filter("splice")
 
@@ -101,7 +102,7 @@ others = st.dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(
     st.dictionaries(st.sampled_from(BOUNDS), bound), others, st.integers(1, 5),
     st.booleans(), st.integers(1, 5000), st.sampled_from([None, 1]),

@@ -4,11 +4,12 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from parallama import contract
 from tests.envoy.lua_host import Filter, Passed, authz, chat, ollama
+from tests.examples import examples
 
 FACTS = Filter("facts")
 
@@ -364,7 +365,7 @@ def accepted(see: Any, text: str, field: str) -> tuple[bool, object]:
         return False, None
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(texts())
 def test_servers_see_what_we_see_or_are_not_asked(text: str) -> None:
     passed = read(text.encode())
@@ -378,7 +379,7 @@ def test_servers_see_what_we_see_or_are_not_asked(text: str) -> None:
             assert (see(text, "stream") or False) == passed.facts["stream"]
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(st.dictionaries(st.text(max_size=8), st.integers() | st.text(max_size=8), max_size=5))
 def test_usual_bodies_are_never_refused(extra: dict[str, object]) -> None:
     watched = {*WORDS, "prompt", "n", "best_of", "options", "n_predict"}

@@ -3,10 +3,11 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.envoy.lua_host import Filter, Passed, chat, ollama
+from tests.examples import examples
 
 FACTS, SPLICE = Filter("facts"), Filter("splice")
 
@@ -115,7 +116,7 @@ JSON = st.recursive(
 OTHER = st.text(max_size=5).filter(lambda key: key.casefold() not in {"n", "model", "stream"})
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(
     st.dictionaries(OTHER, JSON, max_size=3),
     st.none() | st.dictionaries(OTHER, JSON, max_size=2),

@@ -4,11 +4,12 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from parallama import contract
 from tests.envoy.lua_host import NOW_MS, Filter, Passed, chat, ollama
+from tests.examples import examples
 
 USAGE = Filter("usage")
 OURS = {**chat(), contract.LUA: {contract.STREAM_USAGE: "ours", contract.TOTAL_TOKENS: 0}}
@@ -123,7 +124,7 @@ def test_one_token_for_each_event_with_text(line: bytes, tokens: int) -> None:
     assert USAGE.response(one_by_one(line), chat(), SSE).facts.get("total_tokens", 0) == tokens
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(
     st.text(max_size=20)
     | st.sampled_from(
@@ -310,7 +311,7 @@ def test_a_client_that_asked_keeps_the_event() -> None:
     assert sse(HI, EXTRA, DONE, metadata=metadata).body == HI + EXTRA + DONE
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(
     st.lists(
         st.sampled_from(

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import SecretStr, ValidationError
 
@@ -15,6 +14,7 @@ from parallama.config import Config, load, settings, warnings
 from parallama.errors import ConfigError
 from parallama.values import SecretFile
 from parallama.yamlfile import parse
+from tests.examples import examples
 
 PLAN = """\
 # /etc/parallama/config.yaml
@@ -733,9 +733,7 @@ def test_every_setting_has_a_description() -> None:
 YAMLISH = st.text(alphabet="ab: -[]{}&*!|>'\"#%@`,?\n\t\x00\u2028server1.~<", max_size=60)
 
 
-@hypothesis_settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@examples(150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=YAMLISH)
 @example(text="a: &a [*a]")
 @example(text="!!int a")

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from parallama.changes import Change, Kind
@@ -109,6 +109,7 @@ def test_no_product_is_ever_rounded(
 
 
 @given(PRICES, *(st.none() | st.integers(-(2**70), 2**70) for _ in range(3)), st.floats())
+@example(Price("m", Decimal(), Decimal(), None, Decimal()), None, None, None, 1.7e305)
 def test_whatever_an_upstream_makes_up_can_be_stored(
     price: Price, prompt: Any, completion: Any, cached: Any, compute_ms: float
 ) -> None:

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import hpack
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from parallama import http2, rpc
+from tests.examples import examples
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE = 0, 1, 2, 3, 4, 5
@@ -972,19 +973,19 @@ def survives(words: bytes) -> None:
         logging.disable(logging.NOTSET)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.lists(GOOD_FRAME, max_size=30))
 def test_it_survives_frames_in_any_order(frames: list[bytes]) -> None:
     survives(GREETING + b"".join(frames))
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.lists(st.one_of(GOOD_FRAME, ANY_FRAME), max_size=12))
 def test_it_survives_any_frames(frames: list[bytes]) -> None:
     survives(GREETING + b"".join(frames))
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.sampled_from([b"", PREFACE, GREETING, GREETING + call(1)]), st.binary(max_size=200))
 def test_it_survives_any_bytes(begin: bytes, rest: bytes) -> None:
     survives(begin + rest)

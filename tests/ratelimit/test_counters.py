@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import uvloop
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -21,6 +21,7 @@ from hypothesis.stateful import (
 from parallama.counters import Call, Counters, Lost
 from parallama.limits import Limit, Unit, Window
 from ratelimit import rules
+from tests.examples import examples
 
 NOON = 1_700_049_600.0  # 2023-11-15 12:00:00 UTC
 LEASE = 600
@@ -651,14 +652,14 @@ class ReserveAndSettle(RuleBasedStateMachine):
         self.runner.close()
 
 
+@pytest.mark.hypothesis
 def test_any_order_of_events(valkey):
     ReserveAndSettle.valkey = valkey
     run_state_machine_as_test(
         ReserveAndSettle,
-        settings=settings(
-            max_examples=25,
+        settings=examples(
+            25,
             stateful_step_count=30,
-            deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )
