@@ -27,8 +27,9 @@ $(STAMP): requirements.txt requirements-dev.txt requirements-model.txt pyproject
 run: setup ## start everything with a real model, and show how to call it
 	@exec $(BIN)/python -m parallama.quickstart --dir $(STATE)
 
+# A file to a process: what its tests share is made once.
 test: setup ## the whole suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: lint test ## what CI runs: lint, format, types, layers, tests
 
@@ -42,7 +43,7 @@ format: setup ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## bare Envoy against Parallama: CPU, latency, memory
+bench: setup ## bare Envoy against Parallama: CPU, latency, memory; usage rows; decisions
 	$(BIN)/python -m bench
 
 bench-sink: setup ## rows a second into PostgreSQL and SQLite, and what a row costs

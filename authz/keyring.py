@@ -51,7 +51,10 @@ class Keyring:
             case "limits" | "prices":
                 pass
             case "everything":
-                self._cache.forget_all()
+                self.forget_all()
+
+    def forget_all(self) -> None:
+        self._cache.forget_all()
 
     def pause(self) -> None:
         self._cache.pause()

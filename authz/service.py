@@ -26,9 +26,17 @@ _BROKEN = Deny(500, "internal_error", "The request could not be checked: tell yo
 class Authz:
     """Answers Envoy. Whatever goes wrong inside is a refusal: auth fails closed."""
 
-    def __init__(self, keyring: Keyring, *, gateways: Iterable[str], clock: Clock) -> None:
+    def __init__(
+        self,
+        keyring: Keyring,
+        *,
+        gateways: Iterable[str],
+        text_counted: Iterable[str] = (),
+        clock: Clock,
+    ) -> None:
         self._keyring = keyring
         self._gateways = frozenset(gateways)
+        self._text_counted = frozenset(text_counted)
         self._clock = clock
 
     def check(self, request: bytes) -> bytes | Awaitable[bytes]:
@@ -66,7 +74,8 @@ class Authz:
         decision = identify(asked, key, gateways=self._gateways, now=self._clock())
         if isinstance(decision, Deny):
             return self._refuse(decision, asked.dialect)
-        return wire.render_allow(decision)
+        count_text = decision.caller.gateway in self._text_counted
+        return wire.render_allow(decision, count_text=count_text)
 
     def _model(self, asked: ModelAsked) -> bytes:
         refused = judge_model(asked)

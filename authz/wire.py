@@ -67,11 +67,14 @@ def _credentials(headers: Any) -> list[str]:
 
 
 @lru_cache(maxsize=16384)
-def render_allow(allow: Allow) -> bytes:
+def render_allow(allow: Allow, *, count_text: bool = False) -> bytes:
     """The serialised answer; the same for every call of one key to one endpoint, so it is kept."""
     response = pb.CheckResponse()
     response.ok_response.SetInParent()
-    response.dynamic_metadata.update(_metadata(allow.caller) | _instructions(allow))
+    told = _metadata(allow.caller) | _instructions(allow)
+    if count_text and c.METERED in told:
+        told[c.COUNT_TEXT] = True
+    response.dynamic_metadata.update(told)
     return bytes(response.SerializeToString())
 
 

@@ -1,5 +1,5 @@
 """
-What Parallama adds to Envoy: `python -m bench`, or `make bench`.
+What Parallama adds to Envoy, what a usage row and a decision cost: `python -m bench`, `make bench`.
 
 The same work goes through bare Envoy and through Parallama in one run. The two take turns in short
 rounds, because the speed of a machine drifts; ratios are medians over such pairs. Load client and
@@ -25,7 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench import measure, procs, report, targets
+from bench import decisions, measure, procs, report, sink, targets
 
 
 @contextmanager
@@ -124,6 +124,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     bench.rows += report.memory_rows(bench.memory)
     print(report.table(bench.rows))
     return {
+        "stores": list(_stores(quick=chosen.quick)) if chosen.only is None else [],
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": {"cpus": os.cpu_count(), "kernel": platform.release()},
         "python": platform.python_version(),
@@ -132,6 +133,25 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         "memory": {name: [asdict(one) for one in found] for name, found in bench.memory.items()},
         "rounds": bench.work,
     }
+
+
+def _stores(*, quick: bool) -> Iterator[str]:
+    """Lines of the two benchmarks that need no Envoy, in a short form; see bench.sink and so on."""
+    rows, calls = (20_000, 4_000) if quick else (100_000, 20_000)
+    for title, lines in (
+        ("usage rows", lambda: sink.run(rows, 500, None)),
+        ("decisions of ratelimit", lambda: _decisions(calls)),
+    ):
+        print(f"\n{title}")
+        for line in lines():
+            print(line, flush=True)
+            yield line
+
+
+def _decisions(calls: int) -> Iterator[str]:
+    yield decisions.HEADER
+    for users in (10, 10_000, 1_000_000):
+        yield from decisions.run(users, calls)
 
 
 def main() -> None:

@@ -4,6 +4,10 @@ How many decisions a second `ratelimit` makes, and what one costs, by how many u
 `python -m bench.decisions`, or `make bench-decisions`. The service as it runs in production answers
 Envoy's messages, on a Valkey and a SQLite database of its own; only the socket to Envoy is missing.
 Each decision is a reservation that is settled. Nothing is asserted.
+
+`first`: calls of users who never called before: the database is asked for their limits and for what
+they used, and their counters are made. `again`: calls of those users in any order; the limits of
+`rate_limiting.cache_size` of them are remembered, those of others are looked up.
 """
 
 import argparse
@@ -14,7 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
+from dataclasses import dataclass
 from datetime import UTC
 from functools import partial
 from pathlib import Path
@@ -31,6 +37,7 @@ from parallama.prices import Prices
 from parallama.roles import METERED
 from parallama.stores import connect_redis
 from parallama.supervisor import children
+from ratelimit.charging import Charging
 from ratelimit.estimate import Estimate
 from ratelimit.outage import Outage
 from ratelimit.policies import Policies
@@ -99,7 +106,27 @@ def _cpu(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def _measure(config: Config, users: int, decisions: int, valkey: int) -> tuple[float, ...]:
+def _resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    turn: str
+    users: int
+    """Who called."""
+    rate: float
+    ours: float
+    """Microseconds of CPU a decision."""
+    valkey: float
+    memory: float
+    """MB of this process."""
+
+
+async def _measure(
+    config: Config, users: int, decisions: int, valkey: int
+) -> AsyncIterator[Measured]:
     told = config.rate_limiting
     async with (
         database(config.database) as db,
@@ -108,6 +135,7 @@ async def _measure(config: Config, users: int, decisions: int, valkey: int) -> t
     ):
         policies = Policies(partial(policy_of, db), size=told.cache_size)
         policies.resume()
+        rebuild = Rebuild(counters, partial(ledger.spending, db, endpoints=METERED))
         service = RateLimit(
             counters,
             policies,
@@ -115,56 +143,84 @@ async def _measure(config: Config, users: int, decisions: int, valkey: int) -> t
             zone=UTC,
             estimate=Estimate(bytes_per_token=4, default_max_tokens=512),
             prices=Prices(partial(prices_of, db)),
-            rebuild=Rebuild(
-                counters,
-                partial(ledger.used_since, db, endpoints=METERED),
-                partial(ledger.stored_ids, db),
-            ),
+            rebuild=rebuild,
+            charging=Charging(counters, policies, rebuild, clock=time.time, zone=UTC),
             outage=Outage({"openai": "deny"}, processes=1, monotonic=time.monotonic),
             hard=False,
         )
-        choose = random.Random(1)  # noqa: S311
-        left = iter(range(decisions))
-
-        async def caller() -> None:
-            for number in left:
-                user = _user(choose.randrange(users))
-                await service.should_rate_limit(_reserve(user, f"r{users}-{number}"))
-                service.should_rate_limit(_settle(user, f"r{users}-{number}"))
-
-        began, cpu, theirs = time.perf_counter(), time.process_time(), _cpu(valkey)
-        await asyncio.gather(*(caller() for _ in range(_AT_ONCE)))
-        seconds = time.perf_counter() - began
-        ours, theirs = time.process_time() - cpu, _cpu(valkey) - theirs
+        drawn = random.Random(1)  # noqa: S311
+        callers = drawn.sample(range(users), min(users, decisions))
+        again = drawn.choices(callers, k=decisions)
+        for turn, order in (("first", callers), ("again", again)):
+            calls = [(_user(who), f"{turn}-{number}") for number, who in enumerate(order)]
+            began, cpu, theirs = time.perf_counter(), time.process_time(), _cpu(valkey)
+            await _decide(service, calls)
+            seconds, count = time.perf_counter() - began, len(calls)
+            ours, theirs = time.process_time() - cpu, _cpu(valkey) - theirs
+            yield Measured(
+                turn, len(callers), count / seconds, ours / count * 1e6, theirs / count * 1e6,
+                _resident_mb(),
+            )  # fmt: skip
         await service.aclose()
-        return decisions / seconds, ours / decisions * 1e6, theirs / decisions * 1e6
+
+
+async def _decide(service: RateLimit, calls: list[tuple[str, str]]) -> None:
+    left = iter(calls)
+
+    async def caller() -> None:
+        for user, id in left:
+            asked = service.should_rate_limit(_reserve(user, id))
+            assert not isinstance(asked, bytes)
+            await asked
+            service.should_rate_limit(_settle(user, id))
+
+    await asyncio.gather(*(caller() for _ in range(_AT_ONCE)))
+
+
+async def _all(measured: AsyncIterator[Measured]) -> list[Measured]:
+    return [one async for one in measured]
+
+
+HEADER = (
+    f"{'users':>10}{'':>8}{'callers':>10}{'decisions/s':>13}{'python us':>11}{'valkey us':>11}"
+    f"{'MB':>8}"
+)
+
+
+def run(users: int, decisions: int) -> Iterator[str]:
+    """Lines of the table."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        config = _set_up(Path(name) / "state", users)
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        before = Path.cwd()
+        os.chdir(config.state_dir)  # the names of sockets are short from there
+        command = children.valkey(config)
+        with subprocess.Popen(command.argv, cwd=command.cwd) as valkey:
+            try:
+                while not (config.run_dir / "valkey.sock").exists():
+                    time.sleep(0.01)
+                for found in uvloop.run(_all(_measure(config, users, decisions, valkey.pid))):
+                    yield (
+                        f"{users:>10,}{found.turn:>8}{found.users:>10,}{found.rate:>13,.0f}"
+                        f"{found.ours:>11.0f}{found.valkey:>11.0f}{found.memory:>8.0f}"
+                    )
+            finally:
+                valkey.terminate()
+                os.chdir(before)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--users", type=int, nargs="*", default=[10, 1000, 100_000, 1_000_000])
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "python -m bench.decisions", description=__doc__, formatter_class=text
+    )
+    parser.add_argument("--users", type=int, nargs="*", default=[10, 10_000, 1_000_000])
     parser.add_argument("--decisions", type=int, default=30_000)
     chosen = parser.parse_args()
-    print(f"{'users':>9} {'':8} {'decisions/s':>12} {'python us':>10} {'valkey us':>10}")
+    print(HEADER)
     for users in chosen.users:
-        with tempfile.TemporaryDirectory(prefix="bench-") as name:
-            config = _set_up(Path(name) / "state", users)
-            config.run_dir.mkdir(parents=True, exist_ok=True)
-            os.chdir(config.state_dir)
-            command = children.valkey(config)
-            with subprocess.Popen(command.argv, cwd=command.cwd) as valkey:
-                socket = config.run_dir / "valkey.sock"
-                while not socket.exists():
-                    time.sleep(0.01)
-                for turn in ("first", "again"):
-                    found = uvloop.run(_measure(config, users, chosen.decisions, valkey.pid))
-                    told = " ".join(
-                        f"{value:{width}.0f}"
-                        for value, width in zip(found, (12, 10, 10), strict=True)
-                    )
-                    print(f"{users:9} {turn:8} {told}", flush=True)
-                os.chdir("/")
-                valkey.terminate()
+        for line in run(users, chosen.decisions):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,10 @@ class Cache(Generic[K, V]):
         for key in [key for key, value in self._known.items() if unwanted(key, value)]:
             del self._known[key]
 
+    def forget_one(self, key: K) -> None:
+        self._generation += 1
+        self._known.pop(key, None)
+
     def forget_all(self) -> None:
         self._generation += 1
         self._known.clear()

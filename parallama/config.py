@@ -53,6 +53,7 @@ CONFIG_VARIABLE = "PARALLAMA_CONFIG"
 _LARGEST_FILE = 1 << 20
 
 Gateway = Literal["ollama", "openai"]
+CountTokens = Literal["learned", "tiktoken"]
 Away = Literal["deny", "allow", "local"]
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 SslMode = Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"]
@@ -259,6 +260,12 @@ class Authentication(Section):
         description="How many checked keys a process remembers, so that later requests pay no "
         "bcrypt.",
     )
+    without_database_seconds: float = Field(
+        default=3600,
+        ge=0,
+        description="How long keys that a process remembers go on to work while the database is "
+        "away; then every request is refused with 503 until it is back.",
+    )
 
     @property
     def jwt_secret_key(self) -> SecretStr | None:
@@ -290,6 +297,15 @@ def _envoys(default: str) -> Any:
     return AfterValidator(check)
 
 
+def _count_tokens() -> Any:
+    return Field(
+        default="learned",
+        description="Tokens of an answer whose server reports none. `learned`: by the chunks that "
+        "passed, or by size. `tiktoken`: `usage_sink` is sent the text, counts it with OpenAI's "
+        "vocabulary `o200k_base`, and keeps none of it.",
+    )
+
+
 class Ollama(Section):
     """The upstream: an Ollama, or anything that speaks the same dialects."""
 
@@ -309,6 +325,7 @@ class Ollama(Section):
         description="Model of a request that names none.",
         json_schema_extra=LATER,
     )
+    count_tokens: CountTokens = _count_tokens()
 
     @property
     def url(self) -> str:
@@ -337,6 +354,7 @@ class OpenAI(Section):
         description="Names that clients may use, and the models they mean.",
         json_schema_extra=LATER,
     )
+    count_tokens: CountTokens = _count_tokens()
 
 
 class ApiGateways(Section):
@@ -350,6 +368,12 @@ class ApiGateways(Section):
     discovery: Discovery = section()
     ollama: Ollama = section()
     openai: OpenAI = section()
+
+    @property
+    def text_counted(self) -> frozenset[str]:
+        """Gateways whose text usage_sink counts where the upstream reports no tokens."""
+        both = (("ollama", self.ollama), ("openai", self.openai))
+        return frozenset(name for name, at in both if at.count_tokens == "tiktoken")
 
 
 class RateLimiting(Section):
@@ -399,7 +423,9 @@ class RateLimiting(Section):
         "out its part.",
     )
     cache_size: int = Field(
-        default=10_000, ge=1, description="How many users' limits a process remembers."
+        default=50_000,
+        ge=1,
+        description="How many users' limits a process remembers; 200 to 500 bytes each.",
     )
 
     @property

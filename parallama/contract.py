@@ -39,6 +39,16 @@ LUA_KEYS = frozenset(
     }
 )  # fmt: skip
 
+# Written by Lua where authz set `count_text`: what only usage_sink may see, and only from Envoy's
+# stream. The trail writes down the namespaces above and below, never this one.
+TEXT = "parallama.text"
+
+PROMPT = "prompt"  # str, base64: text of the request; false where it is not needed any more
+PROMPT_MORE = "prompt_more"  # number: bytes of it that were too many to pass on
+ANSWER_MORE = "answer_more"  # number: the same of the answer, whose text is in "1", "2", ...
+
+TEXT_KEYS = frozenset({PROMPT, PROMPT_MORE, ANSWER_MORE})
+
 # Written by authz.
 AUTHZ = "envoy.filters.http.ext_authz"
 
@@ -51,6 +61,7 @@ DIALECT = "dialect"  # "ollama" or "openai": how refusals are written
 ENDPOINT = "endpoint"  # str: the upstream's own path, such as /v1/chat/completions
 METERED = "metered"  # str "1" on calls that spend tokens; absent on all others
 READ_BODY = "read_body"  # bool true: facts.lua reads the body and refuses what it cannot vouch for
+COUNT_TEXT = "count_text"  # bool true: text that nobody reports the tokens of goes to usage_sink
 CHECK_MODEL = "check_model"  # bool true: the second ext_authz is asked
 MODELS = "models"  # str, with check_model: comma-separated names and prefixes* the key may use
 LIST_MODELS = "list_models"  # str, the same, on lists of models: lists.lua hides all others
@@ -58,7 +69,7 @@ LIST_MODELS = "list_models"  # str, the same, on lists of models: lists.lua hide
 AUTHZ_KEYS = frozenset(
     {
         USER, USERNAME, KEY, ROLE, GATEWAY, DIALECT, ENDPOINT, METERED, READ_BODY,
-        CHECK_MODEL, MODELS, LIST_MODELS,
+        COUNT_TEXT, CHECK_MODEL, MODELS, LIST_MODELS,
     }
 )  # fmt: skip
 
@@ -71,8 +82,11 @@ TOKENS_LEFT = "tokens_left"  # number: what the tightest token limit has left af
 REQUESTS_LEFT = "requests_left"  # number: the same for requests
 CAP = "cap"  # str, decimal: most tokens that the answer may have, where limits are hard
 WOULD_REFUSE = "would_refuse"  # str: shadow limits that had no room
+GRANTS = "grants"  # str, absent without any: what they paid for, as "<unit>:<id>,<unit>:<id>"
 
-RATELIMIT_KEYS = frozenset({RESERVATION, GRANTED, TOKENS_LEFT, REQUESTS_LEFT, CAP, WOULD_REFUSE})
+RATELIMIT_KEYS = frozenset(
+    {RESERVATION, GRANTED, TOKENS_LEFT, REQUESTS_LEFT, CAP, WOULD_REFUSE, GRANTS}
+)
 
 # Descriptor entries of a rate-limit call carry the names above and this one.
 REQUEST_ID = "request_id"

@@ -20,18 +20,24 @@ from parallama.errors import ParallamaError, leaves
 log = logging.getLogger(__name__)
 
 
-def run(service: str, main: Callable[[Config], Coroutine[Any, Any, None]]) -> None:
+Main = Callable[[Config, bool], Coroutine[Any, Any, None]]
+"""With the configuration, and whether to wait for a database that does not answer yet."""
+
+
+def run(service: str, main: Main) -> None:
     """The whole `__main__` of a service: arguments, configuration, logs, event loop, exit code."""
     parser = argparse.ArgumentParser(prog=f"python -m {service}")
     parser.add_argument("--config", type=Path, default=os.environ.get("PARALLAMA_CONFIG"))
-    path = parser.parse_args().config
+    parser.add_argument("--no-wait", action="store_true", help="end where the database is away")
+    told = parser.parse_args()
+    path = told.config
     if path is None:
         parser.error("name the configuration by --config or PARALLAMA_CONFIG")
     problems: list[BaseException] = []
     try:
         config = load(path, os.environ)
         logs.configure(config.logging, service=service)
-        uvloop.run(main(config))
+        uvloop.run(main(config, not told.no_wait))
     except* ParallamaError as group:
         problems = list(leaves(group))
     for problem in problems:

@@ -102,6 +102,7 @@ def finished(
         compute_ms=compute_ms,
         upstream_host=upstream,
         cost=None,
+        grants=_text(limits, c.GRANTS),
     )
     left = _plain(limits, c.TOKENS_LEFT)
     if left is not None:

@@ -80,7 +80,8 @@ class Limit:
 
     `gateway` is a name or `*`. `model` is a name, a prefix that ends in `*`, or `*`; all models
     it covers share one count. With `key` it is for calls with this key alone, by its id. An amount
-    of 0 refuses every call. A `shadow` counts and refuses nothing.
+    of 0 refuses every call. A `shadow` counts and refuses nothing. What was used before `set_at`
+    (seconds since the epoch) nobody counted yet.
     """
 
     gateway: str
@@ -90,6 +91,7 @@ class Limit:
     amount: int
     key: str = ""
     shadow: bool = False
+    set_at: float = 0.0
 
     def covers(self, gateway: str, model: str, key: str) -> bool:
         """No other spelling of a model's name, as Ollama knows several, gets round its limit."""

@@ -131,8 +131,8 @@ def cost_of(
     cost = (asked - remembered) * _per_unit(price.prompt) + answered * _per_unit(price.completion)
     cost += remembered * _per_unit(price.prompt if price.cached is None else price.cached)
     if price.compute_second is not None and compute_ms is not None and isfinite(compute_ms):
-        microseconds = round(min(compute_ms, _LARGEST_COMPUTE_MS) * 1000)
-        cost += _count(microseconds) * _per_unit(price.compute_second)
+        microseconds = round(min(max(compute_ms, 0.0), _LARGEST_COMPUTE_MS) * 1000)
+        cost += microseconds * _per_unit(price.compute_second)
     return min(Decimal(cost).scaleb(-_COST_DECIMALS), LARGEST_COST)
 
 

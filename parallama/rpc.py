@@ -199,8 +199,8 @@ class Server:
     """
     Serves `methods` and `streams`, by their gRPC paths, and the standard health check.
 
-    Health says SERVING as long as it is answered: that we leave is told by draining. An Envoy that
-    heard of it here would take our successor on the same path for dead.
+    Health says SERVING while `well`. That we leave is told by draining: an Envoy that heard of it
+    here would take our successor on the same path for dead.
     """
 
     def __init__(
@@ -208,6 +208,8 @@ class Server:
         methods: Mapping[str, Unary],
         streams: Mapping[str, ClientStream] | None = None,
         undo: Mapping[str, Undo] | None = None,
+        *,
+        well: Callable[[], bool] = lambda: True,
     ) -> None:
         self.serving = False
         self.connections: set[http2.Connection] = set()
@@ -215,6 +217,7 @@ class Server:
         self._methods: dict[str, Unary] = {**methods, "/grpc.health.v1.Health/Check": self._health}
         self._streams = dict(streams or {})
         self._undo = dict(undo or {})
+        self._well = well
         self._change = asyncio.Event()
         self._listener: asyncio.Server
 
@@ -279,8 +282,8 @@ class Server:
         return _UnknownCall(self) if consume is None else _StreamCall(self, consume)
 
     def _health(self, _: bytes) -> bytes:
-        """A HealthCheckResponse: field 1 is SERVING (1)."""
-        return b"\x08\x01"
+        """A HealthCheckResponse: field 1 is SERVING (1) or NOT_SERVING (2)."""
+        return b"\x08\x01" if self._well() else b"\x08\x02"
 
 
 def _bound(path: str) -> socket.socket:

@@ -1,12 +1,19 @@
 """What one finished request used."""
 
+import math
 from dataclasses import dataclass
 from datetime import datetime
-from decimal import Decimal
+from decimal import ROUND_UP, Decimal
 from typing import Literal
+
+from parallama.limits import Unit
 
 TokenSource = Literal["reported", "counted", "estimated", "unknown"]
 """`unknown`: the request was admitted, and nobody told how it ended."""
+
+
+NOT_ADMITTED = ("RL", "UAEX", "RLSE")
+"""Envoy's flags of what a limit or authz refused, or could not be asked about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +52,33 @@ class UsageRecord:
     upstream_host: str | None
     cost: Decimal | None
     """None where the model has no price."""
+    grants: str | None = None
+    """What was paid for by grants, as `<unit>:<grant's id>`, comma-separated."""
+
+    @property
+    def admitted(self) -> bool:
+        """Neither authz nor a limit refused it, and both could be asked."""
+        return not self.flags or set(NOT_ADMITTED).isdisjoint(self.flags.split(","))
+
+    @property
+    def spent(self) -> "Spent":
+        return spent_in(self.tokens_used, self.compute_ms, self.request_duration, self.cost)
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a call used, in the parts of the units that are counted (see `Unit.parts`)."""
+
+    tokens: int
+    compute: int = 0
+    cost: int = 0
+
+
+def spent_in(
+    tokens: int, compute_ms: float | None, request_duration: float | None, cost: Decimal | None
+) -> Spent:
+    """What a row says, rounded up."""
+    # What the upstream says that it worked, else how long the request took.
+    worked = (request_duration or 0.0) * 1000 if compute_ms is None else compute_ms
+    money = (cost or Decimal(0)) * Unit.COST.parts
+    return Spent(tokens, max(0, math.ceil(worked)), int(money.to_integral_value(ROUND_UP)))

@@ -3,19 +3,13 @@
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
-from math import ceil
 
 from parallama.clock import Clock
-from parallama.counters import Counters, Lost
+from parallama.counters import Call, Counters, Lost
 from parallama.errors import ParallamaError
-from parallama.limits import Unit
-from parallama.usage import UsageRecord
+from parallama.usage import Spent, UsageRecord
 
 log = logging.getLogger(__name__)
-
-Spent = Mapping[str, tuple[int, float, Decimal]]
-"""By request id: tokens, milliseconds of computing, cost."""
 
 _WHY = "the end of this request was not told"
 
@@ -25,15 +19,16 @@ class Finder:
     Looks for leases that are over.
 
     `add_lost` stores rows of requests that have none; `spent_by` tells what those used that have
-    one, of which only the counters were not told; `name_of` tells a user's name, None where the
-    user is gone.
+    one, of which only the counters were not told; `charge` puts into buckets what is in none;
+    `name_of` tells a user's name, None where the user is gone.
     """
 
     def __init__(
         self,
         counters: Counters,
         add_lost: Callable[[Sequence[UsageRecord]], Awaitable[int]],
-        spent_by: Callable[[Sequence[str], datetime], Awaitable[Spent]],
+        spent_by: Callable[[Sequence[str], datetime], Awaitable[Mapping[str, Spent]]],
+        charge: Callable[[Call, Spent], Awaitable[None]],
         name_of: Callable[[str], Awaitable[str | None]],
         *,
         clock: Clock,
@@ -41,6 +36,7 @@ class Finder:
         self._counters = counters
         self._add_lost = add_lost
         self._spent_by = spent_by
+        self._charge = charge
         self._name_of = name_of
         self._clock = clock
 
@@ -56,19 +52,20 @@ class Finder:
         spent = await self._spent_by([row.request_id for row in rows], began)
         for at in lost:
             if (told := spent.get(at.call.request_id)) is not None:
-                tokens, compute, cost = told
-                await self._counters.close(
-                    at.call.user,
-                    at.call.request_id,
-                    tokens=tokens,
-                    compute=ceil(compute),
-                    cost=ceil(cost * Unit.COST.parts),
-                    now=self._clock(),
-                )
+                await self._tell(at, told)
         await self._counters.drop(lost)
         if written:
             log.warning("requests without an end became rows", extra={"rows": written})
         return written
+
+    async def _tell(self, lost: Lost, spent: Spent) -> None:
+        """The counters do not know what the row of this call says."""
+        call = lost.call
+        if lost.uncounted:
+            await self._charge(call, spent)
+        else:
+            now = self._clock()
+            await self._counters.close(call.user, call.request_id, spent, began=call.at, now=now)
 
     async def run(self, pause: Callable[[], Awaitable[None]]) -> None:
         """For ever. Who is away makes it wait: what was found is found again."""
@@ -109,4 +106,5 @@ def _row(lost: Lost, username: str) -> UsageRecord:
         compute_ms=None,
         upstream_host=None,
         cost=None,
+        grants=call.grants or None,
     )

@@ -6,74 +6,72 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from math import ceil
 
-from parallama.counters import Counters
-from parallama.db.ledger import Used
+from parallama.counters import Counters, on_the_way
+from parallama.db.ledger import Span, Spending, Used
+from parallama.errors import Unavailable
 from parallama.limits import Unit
 from ratelimit.rules import Bucket
 
-# Calls of this long ago may still have to be settled though their row is stored.
-_RECENT = 120
+# More often than that nobody loses counters while they are built.
+_TRIES = 3
 
 
 class Rebuild:
     """
-    Call it with buckets of a user that the counters do not know.
+    Call it with all running buckets of a user of whom the counters do not know some.
 
-    `used_since` gives the sums of the rows from a time on, `stored_since` their requests' ids.
+    `spending` reads the rows of a user: sums of each span, and the ids of those in another one.
     """
 
     def __init__(
         self,
         counters: Counters,
-        used_since: Callable[[str, datetime], Awaitable[Sequence[Used]]],
-        stored_since: Callable[[str, datetime], Awaitable[Iterable[str]]],
+        spending: Callable[[str, Sequence[Span], Span], Awaitable[Spending]],
     ) -> None:
         self._counters = counters
-        self._used_since = used_since
-        self._stored_since = stored_since
+        self._spending = spending
         self._running: dict[tuple[str, frozenset[str]], asyncio.Future[None]] = {}
 
-    async def __call__(self, user: str, met: Sequence[Bucket], now: float) -> None:
+    async def __call__(self, user: str, running: Sequence[Bucket], now: float) -> None:
         """Raises Unavailable. Who asks for what is being rebuilt shares that."""
-        which = (user, frozenset(bucket.name for bucket in met))
-        running = self._running.get(which)
-        if running is None:
-            running = asyncio.ensure_future(self._rebuild(user, met, now))
-            self._running[which] = running
-            running.add_done_callback(lambda _: self._running.pop(which))
-        await asyncio.shield(running)
+        which = (user, frozenset(bucket.name for bucket in running))
+        work = self._running.get(which)
+        if work is None:
+            work = asyncio.ensure_future(self._rebuild(user, running, now))
+            self._running[which] = work
+            work.add_done_callback(lambda _: self._running.pop(which))
+        await asyncio.shield(work)
 
-    async def _rebuild(self, user: str, met: Sequence[Bucket], now: float) -> None:
-        counted = [bucket for bucket in met if bucket.limit.unit is not Unit.CONCURRENT]
-        sums: dict[int, Sequence[Used]] = {}
-        recent: Iterable[str] = ()
-        starts = sorted({bucket.start for bucket in counted})
-        for i, start in enumerate(starts):
-            sums[start] = await self._used_since(user, datetime.fromtimestamp(start, UTC))
-            if not sums[start]:  # nor since any later time
-                sums |= dict.fromkeys(starts[i:], ())
-                break
-        if sums[starts[0]]:
-            recent = await self._stored_since(user, datetime.fromtimestamp(now - _RECENT, UTC))
-        spent = [
-            # What was spent of a grant is not in the rows: they do not say what paid for them.
-            (bucket.hold(0), 0 if bucket.granted else _sum(bucket, sums[bucket.start]))
-            for bucket in counted
-        ]
-        await self._counters.seed(user, spent, recent, now)
+    async def _rebuild(self, user: str, running: Sequence[Bucket], now: float) -> None:
+        counted = [at for at in running if at.limit.unit is not Unit.CONCURRENT]
+        spans = sorted({(at.start, at.end) for at in counted})
+        for _ in range(_TRIES):
+            since = await self._counters.begin(user, now)
+            asked = [_span(*span) for span in spans]
+            found = await self._spending(user, asked, _span(*on_the_way(since)))
+            sums = dict(zip(spans, found.sums, strict=True))
+            spent = [(at.hold(0), _sum(at, sums[at.start, at.end])) for at in counted]
+            if await self._counters.seed(user, since, spent, found.recent, now):
+                return
+        raise Unavailable("the counters cannot be used: they are lost again and again")
+
+
+def _span(start: float, end: float) -> Span:
+    return datetime.fromtimestamp(start, UTC), datetime.fromtimestamp(end, UTC)
 
 
 def _sum(bucket: Bucket, rows: Iterable[Used]) -> int:
-    limit = bucket.limit
-    covered = [
-        row for row in rows if limit.covers(row.gateway, row.model_name or "", row.key_id or "")
+    counted = [
+        row
+        for row in rows
+        if bucket.counts(row.gateway, row.model_name or "", row.key_id or "", row.grants or "")
     ]
-    match limit.unit:
+    match bucket.limit.unit:
         case Unit.REQUESTS:
-            return sum(row.requests for row in covered)
+            return sum(row.requests for row in counted)
         case Unit.TOKENS:
-            return sum(row.tokens for row in covered)
+            return sum(row.tokens for row in counted)
         case Unit.COMPUTE_SECONDS:
-            return ceil(sum(row.compute_ms for row in covered))
+            return ceil(sum(row.compute_ms for row in counted))
         case _:
-            return ceil(sum((row.cost for row in covered), Decimal()) * limit.unit.parts)
+            return ceil(sum((row.cost for row in counted), Decimal()) * bucket.limit.unit.parts)

@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import product
 from urllib.parse import quote
 
-from parallama.counters import Hold
+from parallama.counters import Hold, bucket_name
 from parallama.limits import ANY, Grant, Limit, Unit, Window
 
 # The longest that openai-python obeys `retry-after`.
@@ -39,7 +39,10 @@ class Reserve:
 
 @dataclass(frozen=True, slots=True)
 class Settle:
-    """A call that ended, the tokens it really used, and what is to be learned from it."""
+    """
+    A call that ended, the tokens it really used, and what is to be learned from it. `grants` is as
+    in UsageRecord.
+    """
 
     user: str
     reservation: str
@@ -52,6 +55,7 @@ class Settle:
     """As the upstream reported them; None where it did not."""
     bounded: bool = False
     """The client named a maximum, so the answer's length says nothing about what is usual."""
+    grants: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +87,27 @@ class Need:
 @dataclass(frozen=True, slots=True)
 class Bucket:
     """
-    The count of one limit in one of its windows, from `start` to before `end`.
-
-    `name` leaves the limit's amount out: a limit that is changed keeps its count.
+    The count of one limit in one of its windows, from `start` to before `end`; or of the grant with
+    the id `grant`, as long as that lasts.
     """
 
     limit: Limit
     name: str
     start: int
     end: int
-    granted: bool = False
+    grant: str = ""
+
+    def counts(self, gateway: str, model: str, key: str, grants: str) -> bool:
+        """Whether a call counts here that was paid for by these grants, as UsageRecord says it."""
+        paid = dict(part.split(":", 1) for part in grants.split(",") if ":" in part)
+        by = paid.get(self.limit.unit, "")
+        return by == self.grant and (bool(by) or self.limit.covers(gateway, model, key))
 
     def hold(self, amount: int) -> Hold:
         limit = self.limit
-        return Hold(self.name, limit.unit, limit.amount, amount, self.start, self.end, limit.shadow)
+        # A window that had begun when the limit was set is looked up, whoever is known by then.
+        start = self.start if limit.set_at <= self.start else 0
+        return Hold(self.name, limit.unit, limit.amount, amount, start, self.end, limit.shadow)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +150,7 @@ class Admitted:
     """
     `granted` tokens are held. `cap` is how many of them the answer may have; None leaves it alone.
 
-    `would_refuse` names the shadow limits that had no room.
+    `would_refuse` names the shadow limits that had no room, `grants` is as in UsageRecord.
     """
 
     reservation: str
@@ -148,6 +159,7 @@ class Admitted:
     tokens: Room | None
     cap: int | None = None
     would_refuse: tuple[str, ...] = ()
+    grants: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +178,20 @@ def buckets(
     """The buckets a call has to find room in."""
     minute = int(now // 60)
     return [_bucket(limit, minute, zone) for limit in limits if limit.covers(gateway, model, key)]
+
+
+def running(
+    limits: Iterable[Limit], grants: Iterable[Grant], now: float, zone: tzinfo = UTC
+) -> list[Bucket]:
+    """All buckets of a user in which something can be counted now."""
+    minute = int(now // 60)
+    lasting = [_granted(at) for at in grants if at.created_at <= now < at.expires_at]
+    return [*(_bucket(limit, minute, zone) for limit in limits), *lasting]
+
+
+def paid_by(met: Iterable[Bucket]) -> str:
+    """The grants among these, as UsageRecord says it."""
+    return ",".join(f"{at.limit.unit}:{at.grant}" for at in met if at.grant)
 
 
 def instead(
@@ -196,6 +222,7 @@ def admit(
         _room(levels, Unit.TOKENS, now),
         cap,
         tuple(describe(level.bucket.limit) for level in levels if level.full),
+        paid_by(level.bucket for level in levels),
     )
 
 
@@ -235,15 +262,13 @@ def describe(limit: Limit) -> str:
 def _bucket(limit: Limit, minute: int, zone: tzinfo) -> Bucket:
     """No window is shorter than a minute, so all calls of one minute share this."""
     start, end = limit.window.bounds(minute * 60, zone)
-    parts = (limit.key, limit.gateway, limit.model, limit.unit, limit.window)
-    name = ":".join([*(quote(part, safe="") for part in parts), str(start)])
-    return Bucket(limit, "shadow:" + name if limit.shadow else name, start, end)
+    return Bucket(limit, bucket_name(limit, start), start, end)
 
 
 def _granted(grant: Grant) -> Bucket:
     limit = Limit(grant.gateway, grant.model, grant.unit, Window.MONTH, grant.amount)
     start, end = int(grant.created_at), math.ceil(grant.expires_at)
-    return Bucket(limit, f"grant:{quote(grant.id, safe='')}", start, end, granted=True)
+    return Bucket(limit, f"grant:{quote(grant.id, safe='')}", start, end, grant.id)
 
 
 def _stands_in_the_way(level: Level) -> tuple[bool, bool, int]:

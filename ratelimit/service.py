@@ -6,16 +6,18 @@ from collections import OrderedDict
 from collections.abc import Awaitable
 from datetime import tzinfo
 from math import ceil
-from typing import Any, Protocol
+from typing import Any
 
 from parallama import rpc
 from parallama.clock import Clock
-from parallama.counters import Call, Counters
+from parallama.counters import NOT_KNOWN, Call, Counters
 from parallama.db.policies import Policy
 from parallama.errors import Unavailable
 from parallama.limits import Unit
 from parallama.prices import Prices, cost_of
+from parallama.usage import Spent
 from ratelimit import rules, wire
+from ratelimit.charging import Charging, Policies
 from ratelimit.estimate import Estimate
 from ratelimit.outage import Outage
 from ratelimit.rebuild import Rebuild
@@ -26,12 +28,6 @@ SHOULD_RATE_LIMIT = "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimi
 
 # How many calls are timed at once, to learn how long they take.
 _TIMED = 10_000
-
-
-class Policies(Protocol):
-    async def policy_of(self, user: str) -> Policy:
-        """Limits and grants of a user by id, defaults included. Raises Unavailable."""
-        ...
 
 
 class RateLimit:
@@ -50,6 +46,7 @@ class RateLimit:
         estimate: Estimate,
         prices: Prices,
         rebuild: Rebuild,
+        charging: Charging,
         outage: Outage,
         hard: bool,
     ) -> None:
@@ -60,9 +57,10 @@ class RateLimit:
         self._estimate = estimate
         self._prices = prices
         self._rebuild = rebuild
+        self._charging = charging
         self._outage = outage
         self._hard = hard
-        self._begun: OrderedDict[str, float] = OrderedDict()
+        self._begun: OrderedDict[str, Call] = OrderedDict()
         self._under_way: set[asyncio.Future[Any]] = set()
 
     def should_rate_limit(self, request: bytes) -> bytes | Awaitable[bytes]:
@@ -100,7 +98,7 @@ class RateLimit:
             raise rpc.RpcError(rpc.Status.UNAVAILABLE, "limits cannot be checked")
         if isinstance(answer, rules.Refused):
             return wire.refused(answer, ask.dialect)
-        self._begun[ask.request_id] = self._clock()
+        self._begun[ask.request_id] = _call(ask, self._clock(), answer.grants)
         if len(self._begun) > _TIMED:
             self._begun.popitem(last=False)
         if answer.would_refuse:
@@ -121,10 +119,10 @@ class RateLimit:
         if self._outage.lasts():
             return self._outage.reserve(ask, met, need, now)
         try:
-            levels, held = await self._take(ask, met, need, now)
+            levels, held = await self._take(ask, policy, met, need, now)
             refusing = levels
             for others in rules.instead(levels, policy.grants, ask.gateway, ask.model, now):
-                levels, held = await self._take(ask, others, need, now)
+                levels, held = await self._take(ask, policy, others, need, now)
                 if not any(level.refuses for level in levels):
                     break
         except Unavailable as error:
@@ -137,26 +135,25 @@ class RateLimit:
         return rules.admit(levels, ask.request_id, held, now, cap)
 
     async def _take(
-        self, ask: rules.Reserve, met: list[rules.Bucket], need: rules.Need, now: float
+        self,
+        ask: rules.Reserve,
+        policy: Policy,
+        met: list[rules.Bucket],
+        need: rules.Need,
+        now: float,
     ) -> tuple[list[rules.Level], int]:
         """What the buckets hold then, and how many tokens the call holds."""
-        call = Call(
-            ask.request_id,
-            ask.user,
-            ask.key,
-            ask.gateway,
-            ask.dialect,
-            ask.endpoint,
-            ask.model,
-            now,
-        )
+        call = _call(ask, now, rules.paid_by(met))
         holds = [bucket.hold(need.of(bucket.limit.unit)) for bucket in met]
         least = self._estimate.most_prompt(ask) + 1 if self._hard else 0
         tokens = max(need.tokens, least)
         taken = await self._counters.reserve(call, holds, tokens=tokens, least=least, now=now)
         if not taken.known:
-            await self._rebuild(ask.user, met, now)
+            running = rules.running(policy.limits, policy.grants, now, self._zone)
+            await self._rebuild(ask.user, running, now)
             taken = await self._counters.reserve(call, holds, tokens=tokens, least=least, now=now)
+        if not taken.known:
+            raise Unavailable("the counters cannot be used: they were lost once more")
         levels = [
             rules.Level(bucket, level.used, level.reserved, level.full)
             for bucket, level in zip(met, taken.levels, strict=True)
@@ -189,7 +186,7 @@ class RateLimit:
         return left if ask.max_tokens is None or left < ask.max_tokens else None
 
     def _learn(self, end: rules.Settle) -> None:
-        begun = self._begun.pop(end.reservation, None)
+        begun = self._begun.get(end.reservation)
         if end.prompt_tokens is None:
             return
         self._estimate.learn(end.model, end.body_bytes, end.prompt_tokens)
@@ -197,7 +194,7 @@ class RateLimit:
         if answer > 0 and not end.bounded:
             self._estimate.learn_answer(end.model, answer)
         if begun is not None:
-            self._estimate.learn_compute(end.model, (self._clock() - begun) * 1000)
+            self._estimate.learn_compute(end.model, (self._clock() - begun.at) * 1000)
 
     def settle(self, end: rules.Settle) -> None:
         """Envoy waits for nothing, so neither do we."""
@@ -211,27 +208,42 @@ class RateLimit:
         error = charge.exception()
         if error is not None:
             self._outage.owe(end, error)
-        elif charge.result() < 0 and end.used > 0:
+        elif charge.result() == NOT_KNOWN and end.used > 0:
             work = asyncio.ensure_future(self._charge(end))
             self._under_way.add(work)
             work.add_done_callback(self._under_way.discard)
+        else:
+            self._begun.pop(end.reservation, None)
 
     async def _charge(self, end: rules.Settle) -> None:
         """Charge a call that the counters know nothing of: they were lost, or it began without."""
-        now = self._clock()
+        call = self._begun.get(end.reservation) or Call(
+            end.reservation,
+            end.user,
+            end.key,
+            end.gateway,
+            "",
+            "",
+            end.model,
+            self._clock(),
+            end.grants,
+        )
         try:
-            policy = await self._policies.policy_of(end.user)
-            met = rules.buckets(policy.limits, end.gateway, end.model, end.key, now, self._zone)
-            met = [bucket for bucket in met if bucket.limit.unit in (Unit.REQUESTS, Unit.TOKENS)]
-            if not met:
-                return
-            spent = [
-                (bucket.hold(0), 1 if bucket.limit.unit is Unit.REQUESTS else end.used)
-                for bucket in met
-            ]
-            charged = await self._counters.charge(end.user, end.reservation, spent, now)
-            if charged == -2:
-                await self._rebuild(end.user, met, now)
-                await self._counters.charge(end.user, end.reservation, spent, now)
+            await self._charging.charge(call, Spent(end.used), stored=False)
+            self._begun.pop(end.reservation, None)
         except Unavailable as error:
             self._outage.owe(end, error)
+
+
+def _call(ask: rules.Reserve, at: float, grants: str) -> Call:
+    return Call(
+        ask.request_id,
+        ask.user,
+        ask.key,
+        ask.gateway,
+        ask.dialect,
+        ask.endpoint,
+        ask.model,
+        at,
+        grants,
+    )

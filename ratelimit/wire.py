@@ -43,6 +43,7 @@ def parse(message: bytes) -> Reserve | Settle:
             key=entries.get(contract.KEY, ""),
             gateway=entries.get(contract.GATEWAY, ""),
             model=entries.get(contract.MODEL, ""),
+            grants=entries.get(contract.GRANTS, ""),
             body_bytes=_number(entries, contract.BODY_BYTES),
             prompt_tokens=_number(entries, contract.PROMPT_REPORTED) if reported else None,
             bounded=contract.MAX_TOKENS in entries,
@@ -74,6 +75,8 @@ def admitted(answer: Admitted) -> bytes:
         facts[contract.CAP].string_value = str(answer.cap)
     if answer.would_refuse:
         facts[contract.WOULD_REFUSE].string_value = "; ".join(answer.would_refuse)
+    if answer.grants:
+        facts[contract.GRANTS].string_value = answer.grants
     _describe(response, answer.requests, answer.tokens)
     return bytes(response.SerializeToString())
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 ENVOY = ROOT / "envoy"
 KEYS = {
     contract.LUA: contract.LUA_KEYS,
+    contract.TEXT: contract.TEXT_KEYS,
     contract.AUTHZ: contract.AUTHZ_KEYS,
     contract.RATELIMIT: contract.RATELIMIT_KEYS,
 }
@@ -119,14 +120,15 @@ def test_lua_uses_the_namespaces_of_the_contract() -> None:
     given = {
         name: set(re.findall('"([^"]+)"', values))
         for text in lua().values()
-        for name, values in re.findall(r"local ((?:NS|AUTHZ)[A-Z, ]*) = ([^\n]+)", text)
+        for name, values in re.findall(r"local ((?:NS|TEXT|AUTHZ)[A-Z, ]*) = ([^\n]+)", text)
     }
     assert given == {
+        "TEXT": {contract.TEXT},
         "AUTHZ": {contract.AUTHZ},
         "NS, AUTHZ": {contract.LUA, contract.AUTHZ},
         "NS, AUTHZ, RATELIMIT": {contract.LUA, contract.AUTHZ, contract.RATELIMIT},
     }
-    others = r"(?:metadata|dynamicMetadata\(\)):[gs]et\((?!NS\b|AUTHZ\b|RATELIMIT\b)([^,)]+)"
+    others = r"(?:metadata|dynamicMetadata\(\)):[gs]et\((?!NS\b|TEXT\b|AUTHZ\b|RATELIMIT\b)([^,)]+)"
     assert names(others) == set()
 
 
@@ -145,6 +147,14 @@ def test_lua_writes_exactly_its_part_of_the_contract() -> None:
     )
     assert written == contract.LUA_KEYS
     assert names(r"\bfacts\.(?!lua\b)(\w+)") <= contract.LUA_KEYS
+
+
+def test_text_has_a_namespace_of_its_own_that_no_file_of_envoys_writes_down() -> None:
+    assert names(r'\bset\(TEXT, "(\w+)"') == contract.TEXT_KEYS
+    written = (ENVOY / "envoy.yaml").read_text("utf-8")
+    assert contract.TEXT not in written
+    assert "FILTER_STATE" not in written
+    assert "%DYNAMIC_METADATA()%" not in written
 
 
 def test_routes_tell_authz_what_the_contract_says() -> None:

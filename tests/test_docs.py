@@ -88,6 +88,7 @@ def test_every_field_of_a_usage_row_is_explained(name: str) -> None:
 
 NAMESPACES = {
     contract.AUTHZ: contract.AUTHZ_KEYS,
+    contract.TEXT: contract.TEXT_KEYS,
     contract.LUA: contract.LUA_KEYS,
     contract.RATELIMIT: contract.RATELIMIT_KEYS,
 }
@@ -261,7 +262,7 @@ def test_the_expression_that_finds_keys_is_the_published_one() -> None:
         ("docs/operations.md", "107 bytes", "parallama/stores.py", "_PATH = 107"),
         ("docs/limits.md", "is at most 5", "ratelimit/rules.py", "_HELD_RETRY = 5"),
         ("docs/limits.md", "two minutes cannot", "ratelimit/rules.py", "LONGEST_RETRY = 120"),
-        ("docs/when-things-fail.md", "after 2 s", "envoy/envoy.yaml", "timeout: 2s"),
+        ("docs/when-things-fail.md", "after 5 s", "envoy/envoy.yaml", "timeout: 5s"),
         ("docs/how-it-works.md", "4 bytes a token", "envoy/lua/usage.lua", "PER_TOKEN = 4"),
     ],
 )  # fmt: skip

@@ -9,13 +9,15 @@ from parallama import daemon, http1, rpc
 from parallama.clock import system_clock
 from parallama.config import Config
 from parallama.counters import Counters
-from parallama.db import Store, database
+from parallama.db import Store
 from parallama.db.ledger import add, prune
 from parallama.db.prices import prices_of
+from parallama.presence import LOOK_SECONDS, Presence, opened
 from parallama.prices import PriceList
 from parallama.stores import connect_redis, socket_path
 from parallama.trail import Trail
-from usage_sink.closing import Closer
+from usage_sink import counting
+from usage_sink.closing import Closer, as_stored
 from usage_sink.follower import Follower
 from usage_sink.pruning import prune_daily
 from usage_sink.service import STREAM, UsageSink
@@ -38,12 +40,12 @@ _TURN_SECONDS = 0.2
 _DAY_SECONDS = 86_400.0
 
 
-async def main(config: Config) -> None:
+async def main(config: Config, wait: bool) -> None:
     told = config.usage
     trail = Trail(config.state_dir / "trail")
     trail.make()
     async with (
-        database(config.database) as db,
+        opened(config.database) as db,
         connect_redis(config) as redis,
         aclosing(
             Counters(
@@ -54,10 +56,16 @@ async def main(config: Config) -> None:
         ) as counters,
         asyncio.TaskGroup() as tasks,
     ):
+        presence = Presence(db, monotonic=time.monotonic)
+        await presence.begin(wait=wait)
         settled = Settled()
         closer = Closer(counters, clock=system_clock)
         storing = Storing(
-            partial(add, db), trail.set_aside, price=partial(_priced, db), stored=closer.stored
+            partial(add, db),
+            trail.set_aside,
+            price=partial(_priced, db),
+            as_stored=partial(as_stored, db),
+            stored=closer.stored,
         )
         writer = Writer(
             storing,
@@ -67,7 +75,12 @@ async def main(config: Config) -> None:
             queue_rows=_QUEUE_ROWS,
         )
         follower = Follower(
-            trail, storing, settled, batch_rows=told.batch_rows, monotonic=time.monotonic
+            trail,
+            storing,
+            settled,
+            batch_rows=told.batch_rows,
+            monotonic=time.monotonic,
+            ahead=writer.until_stored,
         )
         tender = Tender(
             trail,
@@ -90,6 +103,9 @@ async def main(config: Config) -> None:
         loops = [
             tasks.create_task(tend_trail(), name="trail"),
             tasks.create_task(closer.run(partial(asyncio.sleep, 1.0)), name="reservations"),
+            tasks.create_task(
+                presence.watch(partial(asyncio.sleep, LOOK_SECONDS)), name="database"
+            ),
         ]
         if told.retention_days is not None:
             pruning = prune_daily(
@@ -105,9 +121,14 @@ async def main(config: Config) -> None:
             then=catch_up,
             missing=follower.missing,
         ):
-            service = UsageSink(writer, log_requests=config.logging.requests)
+            service = UsageSink(
+                writer,
+                log_requests=config.logging.requests,
+                counting=await counting.load() if config.api_gateways.text_counted else None,
+            )
+            streams = {STREAM: service.stream_access_logs}
             await daemon.run_until_stopped(
-                rpc.Server({}, {STREAM: service.stream_access_logs}),
+                rpc.Server({}, streams, well=lambda: presence.there() and storing.well()),
                 listen=socket_path(config.run_dir / "usage_sink.sock"),
                 grace=_GRACE_SECONDS,
             )

@@ -1,16 +1,18 @@
-"""A stored row closes its call's reservation: what was not charged yet is charged by the row."""
+"""The counters are told of stored rows, at once or when Redis is back."""
 
 import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from decimal import ROUND_UP, Decimal
-from math import ceil
+from dataclasses import replace
+from decimal import Decimal
 
 from parallama.clock import Clock
-from parallama.counters import Counters
+from parallama.counters import NOT_COUNTED, Counters
+from parallama.counters.closing import close, is_to_be_closed
+from parallama.db import Store
+from parallama.db.ledger import spent_by
 from parallama.limits import Unit
-from parallama.roles import METERED
 from parallama.usage import UsageRecord
 
 log = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ class Closer:
     def stored(self, records: Sequence[UsageRecord]) -> None:
         """These rows are in the database. Returns at once."""
         for record in records:
-            if record.endpoint in METERED:
+            if is_to_be_closed(record):
                 self._close(record)
 
     async def run(self, pause: Callable[[], Awaitable[None]]) -> None:
@@ -40,35 +42,32 @@ class Closer:
             for _ in range(len(self._owed)):
                 self._close(self._owed.popleft())
 
-    def _close(self, record: UsageRecord) -> None:
-        closed = self._counters.close(
-            record.user_id,
-            record.request_id,
-            tokens=record.tokens_used,
-            compute=compute_parts(record),
-            cost=cost_parts(record.cost),
-            now=self._clock(),
-        )
+    def _close(self, record: UsageRecord, *, uncounted: bool = False) -> None:
+        closed = close(self._counters, record, self._clock(), uncounted=uncounted)
         closed.add_done_callback(lambda done: self._closed(record, done))
 
     def _closed(self, record: UsageRecord, done: "asyncio.Future[int]") -> None:
         error = done.exception()
         if error is None:
+            if done.result() == NOT_COUNTED and record.admitted:
+                self._close(record, uncounted=True)
             return
         if not self._owed:
             log.warning("reservations wait for redis", extra={"cause": str(error)})
         self._owed.append(record)
 
 
-def compute_parts(record: UsageRecord) -> int:
-    """What the upstream says that it worked, else how long the request took; in milliseconds."""
-    if record.compute_ms is not None:
-        return max(0, ceil(record.compute_ms))
-    return max(0, ceil(record.request_duration * Unit.COMPUTE_SECONDS.parts))
-
-
-def cost_parts(cost: Decimal | None) -> int:
-    """In the parts that are counted, rounded up."""
-    if cost is None:
-        return 0
-    return int((cost * Unit.COST.parts).to_integral_value(ROUND_UP))
+async def as_stored(db: Store, records: Sequence[UsageRecord]) -> list[UsageRecord]:
+    """
+    With what their rows say was used. Whoever stored a row first may have known less, or more, and
+    the counters have to say what the row says.
+    """
+    since = min(record.timestamp for record in records)
+    spent = await spent_by(db, [record.request_id for record in records], since)
+    told = []
+    for record in records:
+        if (at := spent.get(record.request_id)) is not None:
+            cost = Decimal(at.cost) / Unit.COST.parts
+            record = replace(record, tokens_used=at.tokens, compute_ms=float(at.compute), cost=cost)
+        told.append(record)
+    return told

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -21,11 +21,18 @@ log = logging.getLogger(__name__)
 _LET_GO_SECONDS = 10.0
 
 
+async def _nothing(_: Collection[str]) -> None:
+    pass
+
+
 class Follower:
     """
     Each line is read once Envoy's stream had time to bring the same row, so nearly all are known by
     then and cost next to nothing. It is done with when its row is stored or kept aside, and only
     then forgotten: an outage of the database stops it where it is, and the trail keeps the rest.
+
+    `ahead` waits until none of some ids is about to be stored as Envoy's stream brought it: that
+    may know more than the line does, such as tokens of text.
     """
 
     def __init__(
@@ -36,12 +43,14 @@ class Follower:
         *,
         batch_rows: int,
         monotonic: Callable[[], float],
+        ahead: Callable[[Collection[str]], Awaitable[None]] = _nothing,
     ) -> None:
         self._trail = trail
         self._storing = storing
         self._settled = settled
         self._batch_rows = batch_rows
         self._monotonic = monotonic
+        self._ahead = ahead
         self._read = trail.load_read()
         self._seen: dict[str, int] = {}  # sizes when last looked at
         self._still: dict[Path, tuple[int, float]] = {}  # since when a file has that size
@@ -127,9 +136,11 @@ class Follower:
             self._still.pop(path, None)
 
     async def _take(self, name: str, lines: list[Line]) -> None:
-        new = [line for line in lines if not self._settled.take(trail.request_id(line.text))]
+        new = self._unsettled(lines)
         if not new:
             return
+        await self._ahead([trail.request_id(line.text) or "" for line in new])
+        new = self._unsettled(new)
         found, letters = trail.understood(new, name)
         records = [one.record for one in found]
         count = 0
@@ -139,6 +150,9 @@ class Follower:
             log.info("rows found in the trail", extra={"rows": count, "file": name})
         if letters:
             self._keep(letters)
+
+    def _unsettled(self, lines: Iterable[Line]) -> list[Line]:
+        return [line for line in lines if not self._settled.take(trail.request_id(line.text))]
 
     async def _store(self, records: list[UsageRecord]) -> int:
         count, nowhere = await self._storing.store(records)

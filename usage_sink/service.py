@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError
 from parallama import rpc
 from parallama.finished import Finished
 from usage_sink import wire
+from usage_sink.counting import Counting
 from usage_sink.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -19,11 +20,18 @@ requests = logging.getLogger("parallama.requests")
 
 
 class UsageSink:
-    """Takes Envoy's stream of entries. One entry that cannot be read costs no other."""
+    """
+    Takes Envoy's stream of entries. One entry that cannot be read costs no other.
 
-    def __init__(self, writer: Writer, *, log_requests: bool) -> None:
+    With `counting`, text that comes with an entry is counted, and goes no further.
+    """
+
+    def __init__(
+        self, writer: Writer, *, log_requests: bool, counting: Counting | None = None
+    ) -> None:
         self._writer = writer
         self._log_requests = log_requests
+        self._counting = counting
 
     async def stream_access_logs(self, messages: AsyncIterator[bytes]) -> bytes:
         """StreamAccessLogsMessages in, until Envoy hangs up."""
@@ -39,11 +47,14 @@ class UsageSink:
     async def _take(self, entry: Any) -> None:
         try:
             finished = wire.parse(entry)
+            text = wire.text_of(entry) if self._counting else None
         except Exception:
             log.exception("entry not understood", extra={"request_id": entry.request.request_id})
             return
         if finished is None:
             return
+        if self._counting is not None and text is not None:
+            finished = await self._counting.counted(text, finished)
         await self._writer.put(finished.record)
         if finished.odd:
             _warn(finished)

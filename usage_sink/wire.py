@@ -1,11 +1,14 @@
 """Envoy's access-log entries in, finished requests out."""
 
+from base64 import b64decode
+from collections.abc import Iterator
 from typing import Any
 
 from envoy.data.accesslog.v3 import accesslog_pb2 as pb
 
 from parallama import contract as c
-from parallama.finished import Facts, Finished, finished
+from parallama.finished import MOST, Facts, Finished, finished
+from usage_sink.counting import Text
 
 # Short names as in Envoy's %RESPONSE_FLAGS%.
 _FLAGS = {
@@ -57,8 +60,9 @@ _KINDS = {
         ),
         *((name, _FLAG) for name in (c.STREAM, c.FINISHED, c.UPSTREAM_ERROR, c.USAGE_ODD)),
     ),
-    c.RATELIMIT: tuple(
-        (name, _NUMBER) for name in (c.GRANTED, c.TOKENS_LEFT, c.REQUESTS_LEFT)
+    c.RATELIMIT: (
+        *((name, _NUMBER) for name in (c.GRANTED, c.TOKENS_LEFT, c.REQUESTS_LEFT)),
+        (c.GRANTS, _TEXT),
     ),
 }  # fmt: skip
 
@@ -87,6 +91,43 @@ def parse(entry: pb.HTTPAccessLogEntry) -> Finished | None:
         lua=_facts(metadata, c.LUA),
         limits=_facts(metadata, c.RATELIMIT),
     )
+
+
+def text_of(entry: pb.HTTPAccessLogEntry) -> Text | None:
+    """What is to be counted: text of an answer that began, and whose upstream reported nothing."""
+    metadata = entry.common_properties.metadata.filter_metadata
+    if c.TEXT not in metadata or c.LUA not in metadata:
+        return None
+    if metadata[c.LUA].fields[c.USAGE_SOURCE].string_value not in ("counted", "estimated"):
+        return None
+    fields = metadata[c.TEXT].fields
+    prompt, answer = fields[c.PROMPT].string_value, list(_pieces(fields))
+    if not prompt and not answer:
+        return None
+    return Text(
+        prompt=_opened(prompt) if prompt else None,
+        answer=b"".join(map(_opened, answer)) if answer else None,
+        prompt_more=_size(fields[c.PROMPT_MORE].number_value),
+        answer_more=_size(fields[c.ANSWER_MORE].number_value),
+    )
+
+
+def _pieces(fields: Any) -> Iterator[str]:
+    number = 1
+    while piece := fields[str(number)].string_value:
+        yield piece
+        number += 1
+
+
+def _opened(text: str) -> bytes:
+    try:
+        return b64decode(text, validate=True)
+    except ValueError:
+        return b""
+
+
+def _size(number: float) -> int:
+    return int(number) if 0 < number <= MOST else 0
 
 
 def _facts(metadata: Any, namespace: str) -> Facts:

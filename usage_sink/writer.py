@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 from contextlib import asynccontextmanager, suppress
 
 from parallama.usage import UsageRecord
@@ -55,9 +55,21 @@ class Writer:
         self._queue: asyncio.Queue[UsageRecord] = asyncio.Queue(queue_rows)
         self._in_hand: list[UsageRecord] = []
         self._hurry = asyncio.Event()
+        self._held: set[str] = set()  # what was put and is not stored yet
+        self._progress = asyncio.Event()
 
     async def put(self, record: UsageRecord) -> None:
-        await self._queue.put(record)
+        self._held.add(record.request_id)
+        try:
+            await self._queue.put(record)
+        except asyncio.CancelledError:
+            self._let_go([record.request_id])
+            raise
+
+    async def until_stored(self, ids: Collection[str]) -> None:
+        """Return when none of these waits here."""
+        while not self._held.isdisjoint(ids):
+            await self._progress.wait()
 
     async def run(self) -> None:
         """Write for ever."""
@@ -88,6 +100,7 @@ class Writer:
         ids = {record.request_id for record in self._in_hand}
         while not self._queue.empty():
             ids.add(self._queue.get_nowait().request_id)
+        self._let_go(ids)
         return ids
 
     async def _linger(self) -> None:
@@ -100,6 +113,12 @@ class Writer:
         if new < len(batch):
             log.info("rows were there already", extra={"rows": len(batch) - new})
         self._settled.add(record.request_id for record in batch if record.request_id not in nowhere)
+        self._let_go([record.request_id for record in batch])
+
+    def _let_go(self, ids: Iterable[str]) -> None:
+        self._held.difference_update(ids)
+        self._progress.set()
+        self._progress = asyncio.Event()
 
 
 async def _nothing() -> None:

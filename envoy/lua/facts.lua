@@ -6,6 +6,7 @@
 
 package.path = "envoy/lua/?.lua;" .. package.path
 local scan = require("json_scan")
+local texts = require("texts")
 local byte, find, sub = string.byte, string.find, string.sub
 
 local NS, AUTHZ = "parallama", "envoy.filters.http.ext_authz"
@@ -241,7 +242,8 @@ local function read(handle, authz)
   if length == 0 then
     return respond(handle, authz, { status = "400", code = "missing_body", message = "missing request body" })
   end
-  local ok, out = pcall(facts, body:getBytes(0, length), authz)
+  local s = body:getBytes(0, length)
+  local ok, out = pcall(facts, s, authz)
   if not ok then
     if type(out) == "string" and not SENTENCES[out] then handle:logErr("facts.lua: " .. out) end
     return respond(handle, authz, refusal(out))
@@ -250,6 +252,7 @@ local function read(handle, authz)
   for key, value in pairs(out) do
     metadata:set(NS, key, value)
   end
+  if authz.count_text then texts.pass_request(handle, s) end
 end
 
 -- Envoy lets a request pass whose filter fails; ours must not.

@@ -6,6 +6,7 @@
 
 package.path = "envoy/lua/?.lua;" .. package.path
 local scan = require("json_scan")
+local texts = require("texts")
 local byte, find, sub, concat = string.byte, string.find, string.sub, table.concat
 
 local NS, AUTHZ = "parallama", "envoy.filters.http.ext_authz"
@@ -77,7 +78,8 @@ local function is_set(s, span)
   return span ~= nil and sub(s, span[1], span[2]) ~= "null"
 end
 
--- What is known so far. `news` is what the next publish() writes beside the running total.
+-- What is known so far. `news` is what the next publish() writes beside the running total; `text`
+-- is there where usage_sink is to count it, as long as the upstream reports nothing.
 local Tally = {}
 Tally.__index = Tally
 
@@ -122,6 +124,7 @@ function Tally:report(prompt, completion, cached, total)
     if self.counted > 0 then source = "counted" end
     completion = self.reported and self.completion or self.counted
   end
+  self:drop_text()
   local sum = (prompt or 0) + completion
   if sum > MOST_TOKENS then self:note("usage_odd", true) end
   self.reported, self.completion = true, completion
@@ -134,6 +137,11 @@ function Tally:report(prompt, completion, cached, total)
   if cached then self:note("cached_tokens", cached) end
   self:note("completion_tokens", completion)
   self:note("usage_source", source)
+end
+
+function Tally:drop_text()
+  if self.text then self.text:drop() end
+  self.text = nil
 end
 
 function Tally:work(a, b)
@@ -151,6 +159,7 @@ function Tally:model(s, span)
 end
 
 function Tally:publish()
+  if self.text then self.text:publish() end
   if not self.changed and not self.news then return end
   local metadata = self.handle:streamInfo():dynamicMetadata() -- fetched anew: a yield ends its scope
   if self.changed then metadata:set(NS, "total_tokens", self.total) end
@@ -176,10 +185,10 @@ function Tally:openai(s, at)
   self:work(number(s, timings.prompt_ms), number(s, timings.predicted_ms))
 end
 
--- The last line of an Ollama stream, or its whole answer. It leaves out what is zero.
+-- The last line of an Ollama stream, or its whole answer. It leaves out what is zero, which no text is.
 function Tally:ollama(s, at)
   local prompt, completion = self:tokens(s, at.prompt_eval_count), self:tokens(s, at.eval_count)
-  if prompt or completion or self.counted == 0 then
+  if prompt or completion or (self.counted == 0 and not has_text(s, OLLAMA_TEXT)) then
     self:report(prompt or 0, completion or self.counted == 0 and 0 or nil)
   end
   local prompt_ns, eval_ns = number(s, at.prompt_eval_duration), number(s, at.eval_duration)
@@ -202,6 +211,7 @@ function Tally:sse_line(line)
     return false
   end
 
+  if self.text then self.text:add(line) end
   local text = has_text(line, SSE_TEXT)
   if text then self:count() end
   if text and self.named then
@@ -228,6 +238,7 @@ end
 
 -- Takes one line of an Ollama stream.
 function Tally:ndjson_line(line)
+  if self.text then self.text:add(line) end
   local ends = find(line, "true", 1, true) -- or else it cannot say that it is done
   local fails = find(line, '"error"', 1, true)
   if not ends and not fails and self.named then
@@ -257,6 +268,7 @@ function Tally:estimate(request_bytes, answer_bytes, endpoint)
   self:note("prompt_tokens", prompt)
   self:note("completion_tokens", completion)
   self:note("usage_source", "estimated")
+  self.estimated = true
 end
 
 function Tally:json(s)
@@ -424,9 +436,10 @@ function envoy_on_response(handle)
   local authz = metadata:get(AUTHZ)
   if not authz or not authz.metered then return end
   local headers = handle:headers()
-  if not find(headers:get(":status") or "", "^2") then return end
   local kind = (headers:get("content-type") or ""):lower():match("^[^; ]*")
   local tally = new_tally(handle)
+  if authz.count_text then tally.text = texts.answer(handle, authz, kind ~= "application/json") end
+  if not find(headers:get(":status") or "", "^2") then return tally:drop_text() end
 
   if kind == "text/event-stream" then
     local facts = metadata:get(NS)
@@ -442,10 +455,12 @@ function envoy_on_response(handle)
     if not tally.reported and not tally.failed and size > 0 then
       local facts = handle:streamInfo():dynamicMetadata():get(NS)
       tally:estimate(tonumber(facts and facts.body_bytes) or 0, size, authz.endpoint)
+      if tally.text then tally.text:add(text) end
     end
   else
-    return
+    return tally:drop_text()
   end
+  if tally.counted == 0 and not tally.estimated then tally:drop_text() end
   if not tally.reported and tally.counted > 0 then tally:note("completion_tokens", tally.counted) end
   tally:publish()
 end

@@ -11,11 +11,13 @@ import typer
 from parallama import money
 from parallama.cli.desk import Desk, run
 from parallama.cli.options import ConfigPath, Output, OutputFormat, UserArgument, parse_end
+from parallama.cli.refusals import refusals
 from parallama.cli.show import show, show_rows
 from parallama.errors import UsageError
 from parallama.limits import ANY, Unit, Window
 
 if TYPE_CHECKING:
+    from parallama.cli.refusals import Refusals
     from parallama.db.manage.grants import Granted
     from parallama.db.manage.limits import Amount as Number
     from parallama.db.manage.limits import Policy
@@ -29,7 +31,7 @@ class Gateway(StrEnum):
     EVERY = ANY
 
 
-_COLUMNS = ("scope", "gateway", "model", "limit", "resets_at", "shadow")
+_COLUMNS = ("scope", "gateway", "model", "limit", "no_room", "resets_at", "shadow")
 _GRANT_COLUMNS = ("id", "user", "gateway", "model", "amount", "unit", "until", "over")
 
 # What can be set, by the name it has in the answer.
@@ -140,7 +142,7 @@ def set_(
 
     desk, policy = run(config, work)
     if output is Output.TABLE:
-        show_rows(_lines(desk, policy), output, _COLUMNS)
+        show_rows(_lines(desk, policy, {}), output, _COLUMNS)
     else:
         show(_row(policy), output)
 
@@ -161,20 +163,26 @@ def list_(
     List the limits that are set, and when each count starts again. What is not listed is not
     limited.
 
-    A table has a line for each limit, with times in the configured time zone.
+    A table has a line for each limit, with times in the configured time zone. NO ROOM says how many
+    calls found none in this window, or for `concurrent` within a day: they were refused, or a grant
+    paid for them; of a limit in the shadow, they would have been. Roles are counted user by user:
+    name a SCOPE to see it.
     """
 
-    async def work(desk: Desk) -> tuple[Desk, list["Policy"]]:
+    async def work(desk: Desk) -> tuple[Desk, list["Policy"], "Refusals"]:
         from parallama.db.manage import limits
 
-        return desk, await limits.list_limits(desk.engine, scope)
+        policies = await limits.list_limits(desk.engine, scope)
+        user = None if scope is None else await limits.user_of(desk.engine, scope)
+        return desk, policies, await refusals(desk, policies, user)
 
-    desk, policies = run(config, work)
+    desk, policies, no_room = run(config, work)
     if output is Output.TABLE:
-        lines = (line for policy in policies for line in _lines(desk, policy))
+        lines = (line for policy in policies for line in _lines(desk, policy, no_room))
         show_rows(lines, output, _COLUMNS)
     else:
-        show_rows((_row(policy) | _resets(desk, policy) for policy in policies), output, ())
+        rows = (_row(each) | _no_room(each, no_room) | _resets(desk, each) for each in policies)
+        show_rows(rows, output, ())
 
 
 @app.command()
@@ -278,15 +286,17 @@ def grants_(
     user: Annotated[
         str | None, typer.Argument(metavar="[USER]", help="Only this user's, by name or id.")
     ] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Those that are over as well.")] = False,
     config: ConfigPath = None,
     output: OutputFormat = Output.TABLE,
 ) -> None:
-    """List what was granted, with what is over."""
+    """List what was granted."""
 
     async def work(desk: Desk) -> tuple[Desk, list["Granted"]]:
         from parallama.db.manage import grants
 
-        return desk, await grants.list_grants(desk.engine, user)
+        after = None if all_ else desk.now
+        return desk, await grants.list_grants(desk.engine, user, after=after)
 
     desk, granted = run(config, work)
     show_rows((_grant_row(each, desk, output) for each in granted), output, _GRANT_COLUMNS)
@@ -335,7 +345,11 @@ def _resets(desk: Desk, policy: "Policy") -> dict[str, Any]:
     }
 
 
-def _lines(desk: Desk, policy: "Policy") -> Iterator[dict[str, Any]]:
+def _no_room(policy: "Policy", no_room: "Refusals") -> dict[str, Any]:
+    return {f"{name}_no_room": no_room.get((policy.id, cell)) for name, cell in _CELLS.items()}
+
+
+def _lines(desk: Desk, policy: "Policy", no_room: "Refusals") -> Iterator[dict[str, Any]]:
     """What a person reads: a line for each limit."""
     scope = policy.scope
     if policy.key_id is not None:
@@ -347,6 +361,7 @@ def _lines(desk: Desk, policy: "Policy") -> Iterator[dict[str, Any]]:
             "gateway": policy.gateway,
             "model": policy.model,
             "limit": _told(unit, window, amount),
+            "no_room": no_room.get((policy.id, (unit, window))),
             "resets_at": None if window is Window.MOMENT else _end(desk, window),
             "shadow": policy.shadow,
         }

@@ -64,11 +64,16 @@ async def _reconcile(config: "Config", *, repair: bool) -> "Found":
     from parallama.trail import Trail
 
     now, days = datetime.now(UTC), config.usage.retention_days
+    stored: list[UsageRecord] = []
     async with database(config.database) as store:
         prices = PriceList(await prices_of(store))
 
         async def add_priced(records: "Sequence[UsageRecord]") -> "Added":
-            return await add(store, [prices.priced(record) for record in records])
+            priced = [prices.priced(record) for record in records]
+            added = await add(store, priced)
+            refused = {record.request_id for record, _ in added.refused}
+            stored.extend(record for record in priced if record.request_id not in refused)
+            return added
 
         work = Reconciliation(
             Trail(config.state_dir / "trail"),
@@ -86,12 +91,14 @@ async def _reconcile(config: "Config", *, repair: bool) -> "Found":
                 " run this as the user of the gateway"
             ) from error
         found.rows_unknown = await count_unknown(store)
-    found.late_reservations = await _late(config, now)
+    found.late_reservations = await _late(config, now, stored)
     return found
 
 
-async def _late(config: "Config", now: datetime) -> int | None:
+async def _late(config: "Config", now: datetime, stored: "Sequence[UsageRecord]") -> int | None:
+    """Close the reservations of rows that were just stored, and count those open for too long."""
     from parallama.counters import Counters
+    from parallama.counters.closing import close_all
     from parallama.errors import Unavailable
     from parallama.stores import connect_redis
 
@@ -103,6 +110,7 @@ async def _late(config: "Config", now: datetime) -> int | None:
         ) as counters,
     ):
         try:
+            await close_all(counters, stored, now.timestamp())
             return await counters.overdue(now.timestamp() - _FOUND_WITHIN_SECONDS)
         except Unavailable:
             return None

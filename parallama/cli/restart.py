@@ -45,8 +45,8 @@ def restart(services: Services = None, config: ConfigPath = None) -> None:
             f"nothing runs on {loaded.state_dir}: start it with `parallama up`, or name the"
             " configuration that it was started with"
         )
-    if services != [Service.ENVOY]:
-        asyncio.run(check_database(loaded))
+    if not {*(services or running.children(loaded.run_dir))} <= {Service.ENVOY}:
+        asyncio.run(check_database(loaded))  # Envoy has none, nor where it runs alone
     _ask(loaded, services or [])
 
 

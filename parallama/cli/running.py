@@ -1,8 +1,10 @@
 """Whether `parallama up` runs on a state folder."""
 
 import fcntl
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def is_up(state_dir: Path) -> bool:
@@ -22,3 +24,12 @@ def pid_of_up(state_dir: Path) -> str | None:
     finally:
         os.close(lock)
     return None
+
+
+def children(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """What the supervisor wrote down about its children, by name."""
+    try:
+        told = json.loads((run_dir / "children.json").read_text(encoding="utf-8"))
+        return {name: dict(child) for name, child in told.items() if "state" in child}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}

@@ -2,7 +2,6 @@
 
 import asyncio
 import http.client
-import json
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -33,7 +32,7 @@ async def _look(config: "Config") -> dict[str, Any]:
     health = await asyncio.to_thread(_health, config)
     database, counts = await _database(config)
     redis = await _redis(config) if pid or not config.redis.embedded else "not running"
-    children = _children(config) if pid is not None else {}
+    children = running.children(config.run_dir) if pid is not None else {}
     well = [pid is not None, health == "ok", database == "ok", redis == "ok"]
     well += [child["state"] == "serving" for child in children.values()]
     trail, has_room = _trail(config)
@@ -111,15 +110,6 @@ def _trail(config: "Config") -> tuple[str, bool]:
     facts = [f"{size} bytes", f"{waiting} not stored yet"]
     facts += [f"{letters} kept aside: see `usage reconcile`"] * bool(letters)
     return ", ".join(facts + ["full"] * (not has_room)), has_room
-
-
-def _children(config: "Config") -> dict[str, dict[str, Any]]:
-    """What the supervisor wrote down about its children, by name."""
-    try:
-        told = json.loads((config.run_dir / "children.json").read_text(encoding="utf-8"))
-        return {name: dict(child) for name, child in told.items() if "state" in child}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
 
 
 def _told(name: str, child: dict[str, Any]) -> str:

@@ -13,8 +13,9 @@ from urllib.parse import quote
 
 from redis.asyncio import Redis
 
-from parallama.limits import Unit
+from parallama.limits import Limit, Unit
 from parallama.pipeline import Pipeline, Script
+from parallama.usage import Spent
 
 SHARDS = 64
 """Hash tags: all keys of one user are in one of them, and with them the list of open calls."""
@@ -31,27 +32,48 @@ KINDS = {
 _REPEAT_SECONDS = 120
 # Longer than any window, so that windows that begin later are known to begin empty.
 _KNOWN_SECONDS = 40 * 86400
+ON_THE_WAY = 3600
+"""Counters that were lost are built anew from usage rows. The row of a call that began so many
+seconds before may not be stored by then; when it comes, it is charged."""
+# So far may the clocks be apart that say when a call began and when counters were built.
+_SKEW_SECONDS = 60
+# After so long a row is told of again, but is not new: it was on its way for no more than a day.
+_STAYS_SECONDS = 86400
+# Of calls at once, which have no window: how long is remembered that some had no room.
+_NO_ROOM_SECONDS = 86400
 # Of the records whose lease is over, so many in one go.
 _MOST_AT_ONCE = 200
 
 
+_TIMES = f"""\
+local BEFORE, AFTER, STAYS = {ON_THE_WAY}, {_SKEW_SECONDS}, {_STAYS_SECONDS}
+local NO_ROOM_KEPT = {_NO_ROOM_SECONDS}
+"""
+
+
 def _script(name: str) -> Script:
     folder = files("parallama.counters")
-    text = folder.joinpath("common.lua").read_text() + folder.joinpath(name).read_text()
+    text = "".join(folder.joinpath(file).read_text() for file in ("common.lua", name))
+    text = _TIMES + text
     return Script(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
 _RESERVE, _SETTLE, _CLOSE = map(_script, ("reserve.lua", "settle.lua", "close.lua"))
 _EXPIRE, _DROP, _OVERDUE = map(_script, ("expire.lua", "drop.lua", "overdue.lua"))
-_SEED, _CHARGE = map(_script, ("seed.lua", "charge.lua"))
-_SCRIPTS = (_RESERVE, _SETTLE, _CLOSE, _EXPIRE, _DROP, _OVERDUE, _SEED, _CHARGE)
+_BEGIN, _SEED, _CHARGE = map(_script, ("begin.lua", "seed.lua", "charge.lua"))
+_NO_ROOM = _script("no_room.lua")
+_SCRIPTS = (_RESERVE, _SETTLE, _CLOSE, _EXPIRE, _DROP, _OVERDUE, _BEGIN, _SEED, _CHARGE, _NO_ROOM)
+
+NOT_KNOWN = -1
+NOT_COUNTED = -2
+"""What `close` says of a call that the counters know nothing of, and should."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hold:
     """
     A place in one bucket: `amount` parts of `unit`, of which `limit` may be used from `start` to
-    before `end` (seconds since the epoch).
+    before `end` (seconds since the epoch). With a `start` of 0 it may be new in its window.
     """
 
     name: str
@@ -65,7 +87,10 @@ class Hold:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What is to be known of a call if nobody tells its end. `at` is its beginning."""
+    """
+    What is to be known of a call if nobody tells its end. `at` is its beginning; `grants` is as in
+    UsageRecord.
+    """
 
     request_id: str
     user: str
@@ -75,6 +100,7 @@ class Call:
     endpoint: str
     model: str
     at: float
+    grants: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +117,7 @@ class Taken:
     """
     Whether there was room; the tokens held; a level for each hold.
 
-    `known` is False where what the user spent before must be told by `seed` first.
+    `known` is False where what the user spent before must be told by `begin` and `seed` first.
     """
 
     taken: bool
@@ -102,10 +128,15 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A call without a row. `tokens` is what it used, None where nobody said that either."""
+    """
+    A call without a row. `tokens` is what it used, None where nobody said that either.
+
+    With `uncounted` it has a row, and is in no bucket: its record was lost before that came.
+    """
 
     call: Call
     tokens: int | None
+    uncounted: bool = False
 
 
 _facts = attrgetter(*Call.__slots__)
@@ -161,24 +192,35 @@ class Counters:
         Charge the tokens that were used, in the windows in which they were held. Never refuses:
         they are spent, so a bucket may end above its limit.
 
-        1 if charged, 0 if that was done before, -1 if nothing is known of the call, -2 if nothing
-        is known of the user. It is on its way when this returns, whether or not anybody awaits it.
-        """
-        names = _names(user)
-        keys = [names.open, names.record(request_id), names.known]
-        return self._scripts.run(_SETTLE, keys, [int(now), tokens, self._lease], patient=True)
-
-    def close(
-        self, user: str, request_id: str, *, tokens: int, compute: int, cost: int, now: float
-    ) -> "Future[int]":
-        """
-        The call's usage row is stored, with these amounts in parts of their units.
-
-        1 if closed, 0 if that was done before, -1 if nothing is known of the call.
+        1 if charged, 0 if that was done before, NOT_KNOWN if there is no record of the call. It is
+        on its way when this returns, whether or not anybody awaits it.
         """
         names = _names(user)
         keys = [names.open, names.record(request_id)]
-        args = [int(now), tokens, compute, cost, _REPEAT_SECONDS]
+        return self._scripts.run(_SETTLE, keys, [int(now), tokens, self._lease], patient=True)
+
+    def close(
+        self,
+        user: str,
+        request_id: str,
+        spent: Spent,
+        *,
+        began: float,
+        now: float,
+        late: Call | None = None,
+    ) -> "Future[int]":
+        """
+        The call's usage row is stored.
+
+        1 if closed, 0 if that was done before, NOT_KNOWN if there is no record of the call and none
+        is missing. NOT_COUNTED if it is in no bucket, because its record was lost, and the row was
+        not there when counters were built anew: with `late` it is named by `expire` then.
+        """
+        names = _names(user)
+        keys = [names.open, names.record(request_id), names.known, names.counted]
+        facts = "" if late is None else _JSON.encode(_facts(late))
+        used = (spent.tokens, spent.compute, spent.cost)
+        args = (int(now), *used, _REPEAT_SECONDS, f"{began:.6f}", facts)
         return self._scripts.run(_CLOSE, keys, args, patient=True)
 
     async def expire(self, now: float) -> list[Lost]:
@@ -192,8 +234,9 @@ class Counters:
         shards = [self._scripts.run(_EXPIRE, [_open(shard)], args) for shard in range(SHARDS)]
         lost = []
         for found in await gather(*shards):
-            for facts, tokens in zip(found[::2], found[1::2], strict=True):
-                lost.append(Lost(Call(*json.loads(facts)), None if tokens < 0 else tokens))
+            for facts, tokens, row in zip(found[::3], found[1::3], found[2::3], strict=True):
+                call = Call(*json.loads(facts))
+                lost.append(Lost(call, None if tokens < 0 else tokens, uncounted=row == 1))
         return lost
 
     async def drop(self, lost: Iterable[Lost]) -> None:
@@ -211,41 +254,91 @@ class Counters:
         shards = [self._scripts.run(_OVERDUE, [_open(shard)], args) for shard in range(SHARDS)]
         return sum(await gather(*shards))
 
+    async def begin(self, user: str, now: float) -> str:
+        """
+        Before the rows of a user are read. Returns what `seed` is to be told.
+
+        From here on no row is missed: it is in what is read, or is charged when it comes.
+        """
+        names = _names(user)
+        since: bytes = await self._scripts.run(
+            _BEGIN, [names.known], [f"{now:.6f}", _KNOWN_SECONDS]
+        )
+        return since.decode()
+
     async def seed(
-        self, user: str, spent: Iterable[tuple[Hold, int]], stored: Iterable[str], now: float
-    ) -> None:
+        self,
+        user: str,
+        since: str,
+        spent: Iterable[tuple[Hold, int]],
+        counted: Iterable[str],
+        now: float,
+    ) -> bool:
         """
         Tell buckets that do not exist yet what was spent before, by the usage rows.
 
-        `stored` are the ids of calls that may still be settled and are in those sums.
+        `counted` are the ids of calls in those sums that began `on_the_way`.
+        False where the counters were lost again since `begin`: then begin anew.
         """
         names, at = _names(user), int(now)
-        keys, told = [names.known], []
+        keys = [names.open, names.known, names.counted]
+        told: list[str | int] = []
         for hold, used in spent:
             keys.append(names.buckets + hold.name)
             told += [used, hold.end - at + self._lease]
-        buckets = len(keys) - 1
-        keys += map(names.record, stored)
-        args = [at, _KNOWN_SECONDS, _REPEAT_SECONDS, buckets, *told]
-        await self._scripts.run(_SEED, keys, args)
+        args = [at, since, _REPEAT_SECONDS, *told, *map(names.record, counted)]
+        return bool(await self._scripts.run(_SEED, keys, args))
 
     def charge(
-        self, user: str, request_id: str, spent: Iterable[tuple[Hold, int]], now: float
+        self, call: Call, holds: Iterable[Hold], spent: Spent, *, stored: bool, now: float
     ) -> "Future[int]":
         """
-        Charge a call whose record was lost. 1 if charged, 0 if the call is known after all, -2 if
-        nothing is known of the user.
+        Charge a call of which there is no record, in these buckets. As long as its row is not
+        `stored`, that is to come, and says what compute and cost were.
+
+        1 if charged, 0 if the call is known after all, NOT_KNOWN if what the user spent before must
+        be told first.
         """
-        names, at = _names(user), int(now)
-        keys, told = [names.record(request_id), names.known], []
-        for hold, used in spent:
+        names, at = _names(call.user), int(now)
+        keys = [names.open, names.record(call.request_id), names.known, names.counted]
+        amounts = {"t": spent.tokens, "c": spent.compute, "m": spent.cost}
+        told: list[str | int] = []
+        for hold in holds:
+            kind = KINDS[hold.unit]
             keys.append(names.buckets + hold.name)
-            told += [used, hold.end - at + self._lease]
-        return self._scripts.run(_CHARGE, keys, [_REPEAT_SECONDS, *told])
+            told += (kind, amounts.get(kind, 1), hold.start, hold.end - at + self._lease)
+        facts = _JSON.encode(_facts(call))
+        args = [at, self._lease, _REPEAT_SECONDS, int(stored), spent.tokens, facts, *told]
+        return self._scripts.run(_CHARGE, keys, args)
+
+    async def without_room(self, user: str, buckets: Sequence[tuple[str, Unit]]) -> list[int]:
+        """How many calls had no room in each of these, in its window or, without one, for a day."""
+        names = _names(user)
+        keys = [names.buckets + name for name, _ in buckets]
+        if not keys:
+            return []
+        found: list[int] = await self._scripts.run(_NO_ROOM, keys, [KINDS[at] for _, at in buckets])
+        return found
 
     async def aclose(self) -> None:
         """Wait for everything under way, then hang up."""
         await self._scripts.aclose()
+
+
+def bucket_name(limit: Limit, start: int) -> str:
+    """
+    Of the count of a limit in the window from `start` on.
+
+    It leaves the limit's amount out: a limit that is changed keeps its count.
+    """
+    parts = (limit.key, limit.gateway, limit.model, limit.unit, limit.window)
+    name = ":".join([*(quote(part, safe="") for part in parts), str(start)])
+    return "shadow:" + name if limit.shadow else name
+
+
+def on_the_way(since: str) -> tuple[float, float]:
+    """When calls began whose rows may have been on their way, by what `Counters.begin` said."""
+    return float(since) - ON_THE_WAY, float(since) + _SKEW_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +347,7 @@ class _Names:
 
     open: str
     known: str
+    counted: str
     records: str
     buckets: str
 
@@ -265,7 +359,13 @@ class _Names:
 def _names(user: str) -> _Names:
     shard, who = zlib.crc32(user.encode()) % SHARDS, quote(user, safe="")
     tag = f"rl:{{{shard}}}:"
-    return _Names(_open(shard), f"{tag}known:{who}", f"{tag}r:{who}:", f"{tag}b:{who}:")
+    return _Names(
+        _open(shard),
+        f"{tag}known:{who}",
+        f"{tag}counted:{who}",
+        f"{tag}r:{who}:",
+        f"{tag}b:{who}:",
+    )
 
 
 def _open(shard: int) -> str:

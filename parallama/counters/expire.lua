@@ -4,7 +4,7 @@
 -- ARGV[1]  now, in seconds
 -- ARGV[2]  most records to look at
 -- ARGV[3]  seconds after which one is named again, unless it is dropped
--- returns  for each: facts, tokens used or -1 if nobody said
+-- returns  for each: facts, tokens used or -1 if nobody said, 1 if it has a row that is in no bucket
 
 local now = tonumber(ARGV[1])
 local answer = {}
@@ -16,15 +16,17 @@ for _, key in ipairs(call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, ARG
     call('ZREM', KEYS[1], key)
   else
     local left = {}
-    if state ~= 'x' then
+    if state == 'o' or state == 's' then
       for bucket, kind, amount, keep in string.gmatch(rest, HELD) do
         local count = tonumber(amount)
         if kind == 'l' then
           call('ZREM', bucket, key)
-        elseif state == 's' then
-          charge(bucket, count, count, tonumber(keep) - now, true)
+        elseif kind == string.upper(kind) then
+          left[#left + 1] = ' ' .. bucket .. ' ' .. kind .. ' ' .. amount .. ' ' .. keep
         else
-          charge(bucket, count, 0, tonumber(keep) - now, true)
+          local spent = state == 's' and count or 0
+          charge(bucket, count, spent, tonumber(keep) - now, true)
+          if state == 's' then kind = string.upper(kind) end
           left[#left + 1] = ' ' .. bucket .. ' ' .. kind .. ' ' .. amount .. ' ' .. keep
         end
       end
@@ -33,7 +35,7 @@ for _, key in ipairs(call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, ARG
     end
     call('ZADD', KEYS[1], now + tonumber(ARGV[3]), key)
     local n = #answer
-    answer[n + 1], answer[n + 2] = facts, used or -1
+    answer[n + 1], answer[n + 2], answer[n + 3] = facts, used or -1, state == 'r' and 1 or 0
   end
 end
 return answer

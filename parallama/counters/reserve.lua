@@ -52,24 +52,37 @@ if least > 0 and not repeated then
   wanted = math.max(wanted, least)
 end
 
-local answer, room = { 1, wanted }, true
+local answer, room, full = { 1, wanted }, true, {}
 for i = 4, #KEYS do
   local at = 6 * (i - 3)
   local kind, limit, amount = ARGV[at + 1], tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
   if kind == 't' then amount = wanted end
   local taken = used[i] + reserved[i]
-  local full = taken >= limit
+  full[i] = taken >= limit
   -- Alone, a call that cannot be capped may cross the limit. Beside another, it must fit.
   if kind ~= 'n' and kind ~= 'l' and taken + amount > limit and (least > 0 or reserved[i] > 0) then
-    full = true
+    full[i] = true
   end
-  if repeated then full = false end
-  if full and ARGV[at + 6] ~= '1' then room = false end
+  if repeated then full[i] = false end
+  if full[i] and ARGV[at + 6] ~= '1' then room = false end
   local out = 3 * (i - 3)
-  answer[out], answer[out + 1], answer[out + 2] = used[i], reserved[i], full and 1 or 0
+  answer[out], answer[out + 1], answer[out + 2] = used[i], reserved[i], full[i] and 1 or 0
 end
 
 if repeated then return answer end
+-- What refuses, or what would have, had it not been in the shadow.
+for i = 4, #KEYS do
+  local at = 6 * (i - 3)
+  if full[i] and (ARGV[at + 6] == '1') == room then
+    if ARGV[at + 1] == 'l' then
+      local key = KEYS[i] .. ':no_room'
+      if call('INCR', key) == 1 then call('EXPIRE', key, NO_ROOM_KEPT) end
+    else
+      call('HINCRBY', KEYS[i], 'no_room', 1)
+      if fresh[i] then call('EXPIRE', KEYS[i], ARGV[at + 5]) end
+    end
+  end
+end
 if not room then
   answer[1] = 0
   return answer

@@ -1,18 +1,17 @@
 -- The answer has ended: charges its tokens, once, in the windows in which they were held. Never
--- refuses. Compute and money stay held until the usage row says what they were.
+-- refuses. Compute and money stay held until the usage row says what they were; where it says other
+-- tokens than these, it corrects them.
 --
 -- KEYS[1]  open
 -- KEYS[2]  record
--- KEYS[3]  known
 -- ARGV[1]  now, in seconds
 -- ARGV[2]  tokens used
 -- ARGV[3]  seconds that its row may take
--- returns  1 if charged, 0 if that was done before, -1 if nothing is known of the call, -2 if
---          nothing is known of the user either
+-- returns  1 if charged, 0 if that was done before, -1 if nothing is known of the call
 
 local now, used = tonumber(ARGV[1]), tonumber(ARGV[2])
 local record = call('GET', KEYS[2])
-if not record then return call('EXISTS', KEYS[3]) == 1 and -1 or -2 end
+if not record then return -1 end
 local state, held, before, rest, facts = read(record)
 if before or state == 'd' then return 0 end
 
@@ -20,6 +19,7 @@ local left = {}
 for bucket, kind, amount, keep in string.gmatch(rest, HELD) do
   if kind == 't' then
     charge(bucket, tonumber(amount), used, tonumber(keep) - now, state == 'o')
+    left[#left + 1] = ' ' .. bucket .. ' T ' .. ARGV[2] .. ' ' .. keep
   elseif kind == 'l' then
     call('ZREM', bucket, KEYS[2])
   else

@@ -1,9 +1,12 @@
 """How SQLite keeps what it has no type for: times as text, money as whole numbers (pure)."""
 
 from datetime import UTC, datetime
-from decimal import Decimal
+from decimal import Context, Decimal
 
-_TRILLION = 10**12
+_DECIMALS = 12
+_TRILLION = 10**_DECIMALS
+# Sums have more digits than Python's decimals keep on their own.
+_EXACT = Context(prec=100)
 
 
 def to_trillionths(amount: Decimal) -> int:
@@ -12,7 +15,7 @@ def to_trillionths(amount: Decimal) -> int:
 
 
 def from_trillionths(count: int) -> Decimal:
-    return Decimal(count) / _TRILLION
+    return Decimal(count).scaleb(-_DECIMALS, _EXACT)
 
 
 def to_text(at: datetime) -> str:

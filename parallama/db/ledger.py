@@ -14,7 +14,8 @@ from typing import Any
 from parallama.db import months
 from parallama.db.names import looks_like_id
 from parallama.db.store import NoPartition, Refused, Store
-from parallama.usage import UsageRecord
+from parallama.db.sums import exact_sum
+from parallama.usage import NOT_ADMITTED, Spent, UsageRecord, spent_in
 
 _FIELDS = tuple(UsageRecord.__slots__)
 COLUMNS = tuple("gateway_type" if field == "gateway" else field for field in _FIELDS)
@@ -76,24 +77,27 @@ _USED = """
 UPDATE api_keys SET last_used_at = ?
 WHERE id = ? AND (last_used_at IS NULL OR last_used_at < ?)
 """
+_ADMITTED = "\n  ".join(f"AND ',' || flags || ',' NOT LIKE '%,{flag},%'" for flag in NOT_ADMITTED)
 _SUMS = """
-SELECT gateway_type, model_name, key_id, COUNT(*), SUM(tokens_used),
+SELECT {} AS span, gateway_type, model_name, key_id, grants, COUNT(*),
+       {} AS "tokens [sum]",
        SUM(COALESCE(compute_ms, request_duration * 1000)),
-       SUM(cost) AS "cost [money]"
+       {} AS "cost [money_sum]"
 FROM gateway_usage_logs
-WHERE user_id = ? AND timestamp >= ? AND endpoint IN ({})
-  AND ',' || flags || ',' NOT LIKE '%,RL,%'
-  AND ',' || flags || ',' NOT LIKE '%,UAEX,%'
-  AND ',' || flags || ',' NOT LIKE '%,RLSE,%'
-GROUP BY gateway_type, model_name, key_id
+WHERE user_id = ? AND timestamp >= ? AND timestamp < ? AND endpoint IN ({})
+  {}
+GROUP BY gateway_type, model_name, key_id, grants
+"""
+_RECENT = """
+SELECT -1, request_id, NULL, NULL, NULL, 0, NULL, NULL, NULL
+FROM gateway_usage_logs
+WHERE user_id = ? AND timestamp >= ? AND timestamp < ?
 """
 _SPENT = """
-SELECT request_id, tokens_used, COALESCE(compute_ms, request_duration * 1000),
-       cost AS "cost [money]"
+SELECT request_id, tokens_used, compute_ms, request_duration, cost AS "cost [money]"
 FROM gateway_usage_logs
 WHERE request_id IN ({}) AND timestamp >= ? AND token_source <> 'unknown'
 """
-_STORED = "SELECT request_id FROM gateway_usage_logs WHERE user_id = ? AND timestamp >= ?"
 _COUNT = "SELECT COUNT(*) FROM gateway_usage_logs WHERE timestamp >= ? AND timestamp < ?"
 _OLDEST = "SELECT timestamp FROM gateway_usage_logs WHERE timestamp >= ? ORDER BY timestamp LIMIT 1"
 _PRUNE = """
@@ -114,6 +118,10 @@ class Added:
     """Rows that the database takes at no time, each with the reason."""
 
 
+Span = tuple[datetime, datetime]
+"""From the one to before the other."""
+
+
 @dataclass(frozen=True, slots=True)
 class Used:
     """Sums of what was admitted."""
@@ -121,10 +129,21 @@ class Used:
     gateway: str
     model_name: str | None
     key_id: str | None
+    grants: str | None
     requests: int
     tokens: int
     compute_ms: float
     cost: Decimal
+
+
+@dataclass(frozen=True, slots=True)
+class Spending:
+    """What the rows of one user said at one moment."""
+
+    sums: tuple[tuple[Used, ...], ...]
+    """For each span that was asked for."""
+    recent: tuple[str, ...]
+    """Ids of the requests that began in the other span."""
 
 
 async def add(store: Store, records: Sequence[UsageRecord]) -> Added:
@@ -149,30 +168,50 @@ async def add_lost(store: Store, records: Sequence[UsageRecord]) -> int:
     return (await _each_that_fits(store, records, _add_lost)).stored
 
 
-async def used_since(
-    store: Store, user_id: str, since: datetime, *, endpoints: Collection[str]
-) -> list[Used]:
+async def spending(
+    store: Store,
+    user_id: str,
+    spans: Sequence[Span],
+    recent: Span,
+    *,
+    endpoints: Collection[str],
+) -> Spending:
     """Calls of these endpoints that were admitted: neither unauthorised nor refused by a limit."""
-    query = _SUMS.format(", ".join("?" * len(endpoints)))
-    rows = await store.read(query, (user_id, since, *endpoints)) if endpoints else []
-    return [
-        Used(gateway, model, key, requests, int(tokens), compute or 0.0, cost or Decimal(0))
-        for gateway, model, key, requests, tokens, compute, cost in rows
-    ]
+    tokens, cost = (exact_sum(column, store.dialect) for column in ("tokens_used", "cost"))
+    marks = ", ".join("?" * len(endpoints)) or "NULL"
+    parts = [_SUMS.format(i, tokens, cost, marks, _ADMITTED) for i in range(len(spans))]
+    values: list[Any] = []
+    for span in spans:
+        values += (user_id, *span, *endpoints)
+    # In one question, so that what is in the one answer is in the other.
+    query = "UNION ALL".join([*parts, _RECENT])
+    sums: list[list[Used]] = [[] for _ in spans]
+    ids: list[str] = []
+    for span_or_none, *row in await store.read(query, (*values, user_id, *recent)):
+        if span_or_none < 0:
+            ids.append(row[0])
+            continue
+        gateway, model, key, grants, requests, tokens_used, compute, money = row
+        sums[span_or_none].append(
+            Used(
+                gateway,
+                model,
+                key,
+                grants,
+                requests,
+                int(tokens_used),
+                compute or 0.0,
+                money or Decimal(0),
+            )
+        )
+    return Spending(tuple(map(tuple, sums)), tuple(ids))
 
 
-async def spent_by(
-    store: Store, request_ids: Sequence[str], since: datetime
-) -> dict[str, tuple[int, float, Decimal]]:
-    """Tokens, milliseconds of computing and cost of those that have a row of their own."""
+async def spent_by(store: Store, request_ids: Sequence[str], since: datetime) -> dict[str, Spent]:
+    """What those used that have a row of their own, as counters count it."""
     query = _SPENT.format(", ".join("?" * len(request_ids)))
     rows = await store.read(query, (*request_ids, since)) if request_ids else []
-    return {id: (tokens, compute or 0.0, cost or Decimal(0)) for id, tokens, compute, cost in rows}
-
-
-async def stored_ids(store: Store, user_id: str, since: datetime) -> list[str]:
-    """The requests of this user that have a row."""
-    return [id for (id,) in await store.read(_STORED, (user_id, since))]
+    return {id: spent_in(*amounts) for id, *amounts in rows}
 
 
 async def count_before(store: Store, before: datetime) -> int:

@@ -10,13 +10,15 @@ from decimal import Decimal
 from typing import Any, Literal
 
 from parallama.config import Database
-from parallama.db import forms
+from parallama.db import forms, sums
 from parallama.db.place import PRAGMAS, explained, sqlite_file, sqlite_name
 from parallama.db.store import Refused, Values
 
 # By the declared type of a column, or by what a query says in brackets.
 sqlite3.register_converter("datetime", lambda raw: forms.from_text(raw.decode()))
 sqlite3.register_converter("money", lambda raw: forms.from_trillionths(int(raw)))
+sqlite3.register_converter("sum", lambda raw: sums.from_parts(raw.decode()))
+sqlite3.register_converter("money_sum", lambda raw: sums.money_from_parts(raw.decode()))
 sqlite3.register_converter("json", json.loads)
 sqlite3.register_converter("boolean", lambda raw: raw != b"0")
 sqlite3.register_adapter(datetime, forms.to_text)

@@ -94,6 +94,7 @@ def main() -> None:
             os.chdir(config.state_dir)
             check_free(config)
             kind = EnvoyAlone if told.envoy_alone else Chain
+            _have_one_thread()
             asyncio.run(run(config, lock, welcome, kind))
     except* (ParallamaError, OSError) as errors:
         problems = list(_leaves(errors))
@@ -101,6 +102,17 @@ def main() -> None:
         with suppress(OSError):  # the terminal may be gone
             print(f"parallama up: {problem}", file=sys.stderr)
     sys.exit(1 if problems else 0)
+
+
+def _have_one_thread() -> None:
+    """
+    Otherwise children get their death signal once for each thread of ours that is killed, and the
+    second one ends an Envoy that is still writing what it cut into the trail.
+    """
+    if sys.version_info < (3, 12):  # from then on nobody waits for a child in a thread
+        with suppress(OSError):  # an old kernel
+            os.close(os.pidfd_open(os.getpid()))
+            asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

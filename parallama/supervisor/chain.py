@@ -143,6 +143,8 @@ class Chain:
 
     async def _replace_all(self, names: Sequence[str], done: Callable[[str], None]) -> None:
         config = self._as_it_is_now()
+        if "envoy" in names:  # before anything is replaced
+            await self._envoys.check(config, self._children["envoy"])
         for name in names:
             if name == "envoy":
                 await self._replace_envoy(config, done)
@@ -176,7 +178,7 @@ class Chain:
 
     async def _replace_envoy(self, config: Config, done: Callable[[str], None]) -> None:
         command = await self._envoys.next(config, self._children["envoy"])
-        old = await self._replace(command, self._envoys.goes_on)
+        old = await self._replace(command, self._envoys.take_back)
         seen_off = self._envoys.see_off(old, self._children["envoy"], config)
         self._goodbye = self.tasks.create_task(seen_off)
         done("envoy")
@@ -184,9 +186,13 @@ class Chain:
         self._beside.remove(old)
 
     async def _replace(
-        self, command: Command, goes_on: Callable[[Child], Awaitable[bool]]
+        self, command: Command, take_back: Callable[[Child], Awaitable[bool]]
     ) -> Child:
-        """The child that has served until now. It still runs, and is not started again."""
+        """
+        The child that has served until now. It still runs, and is not started again.
+
+        Where the new one does not come up, `take_back` says whether the old one goes on.
+        """
         name = command.name
         old = self._children[name]
         old.hold()
@@ -197,7 +203,7 @@ class Chain:
         except ParallamaError as error:
             await new.stop()
             self._beside.remove(new)
-            well = await goes_on(old)
+            well = await take_back(old)
             if not well and old.pid is not None:
                 # The new one had taken its place already.
                 with suppress(ProcessLookupError):

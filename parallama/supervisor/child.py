@@ -52,6 +52,18 @@ class Command:
     messages: str = "above"
 
 
+def dies_with_us(death_signal: signal.Signals) -> Callable[[], None]:
+    """For a process to call before it becomes another program."""
+    parent = os.getpid()
+
+    def ask_the_kernel() -> None:
+        _libc.prctl(_PR_SET_PDEATHSIG, death_signal)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return ask_the_kernel
+
+
 @dataclass
 class Backoff:
     """How long a child that died has to wait: longer each time, until it has been well."""
@@ -187,14 +199,6 @@ class Child:
             self.pid = None
 
     async def _spawn(self) -> asyncio.subprocess.Process:
-        parent = os.getpid()
-        death_signal = self.command.death_signal
-
-        def die_with_parent() -> None:
-            _libc.prctl(_PR_SET_PDEATHSIG, death_signal)
-            if os.getppid() != parent:
-                os._exit(1)
-
         again = self.command.argv_again if self.restarts else ()
         inherited = () if self.restarts else self.command.keep_open
         return await asyncio.create_subprocess_exec(
@@ -205,7 +209,7 @@ class Child:
             # Ctrl-C is for the supervisor, which then stops its children in order.
             start_new_session=True,
             pass_fds=(*self.keep_open, *inherited),
-            preexec_fn=die_with_parent,
+            preexec_fn=dies_with_us(self.command.death_signal),
         )
 
     async def _end(self, process: asyncio.subprocess.Process) -> None:

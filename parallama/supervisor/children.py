@@ -24,10 +24,13 @@ _LEAN = {"MALLOC_ARENA_MAX": "2", "PYTHONUNBUFFERED": "1"}
 
 
 def service(name: str, config: Config) -> Command:
+    """To take its place it needs the database; once it served it waits for one that is away."""
     listen = config.run_dir / f"{name}.sock"
+    argv = [sys.executable, "-P", "-m", name, "--config", str(config.source)]
     return Command(
         name=name,
-        argv=[sys.executable, "-P", "-m", name, "--config", str(config.source)],
+        argv=[*argv, "--no-wait"],
+        argv_again=argv,
         ready=partial(envoy_admin.accepts, socket_path(listen)),
         cwd=config.state_dir,
         env=os.environ | _LEAN,

@@ -81,6 +81,15 @@ async def lives(admin: str, host: str, port: int, pid: int) -> bool:
     return await answers_ok(host, port, "/healthz", pid)
 
 
+async def healthz(path: str) -> int | None:
+    """The status of /healthz at a unix socket; None where nobody answers."""
+    try:
+        status, _ = await exchange(asyncio.open_unix_connection(path), "GET", "/healthz")
+    except OSError:
+        return None
+    return status
+
+
 async def answers_ok(host: str, port: int, path: str, _: int) -> bool:
     """Whether GET `path` is answered with 200."""
     try:

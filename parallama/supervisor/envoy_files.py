@@ -22,6 +22,11 @@ _CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 WHOLE = "whole.yaml"
 """All that Envoy is given, in one file: `--mode validate` does not follow envoy.yaml to others."""
 
+TRIAL = "trial.yaml"
+"""The same for one that nobody asks but us, at TRIAL_SOCKET."""
+
+TRIAL_SOCKET = "run/trial.sock"
+
 _STARTING = ("lua", "envoy.yaml", "clusters.yaml", "routes.yaml")
 _LISTENERS = "listeners-{}.yaml"
 
@@ -68,6 +73,7 @@ def write(config: Config, upstream: Upstream, into: Path, number: int) -> None:
         _listen(bootstrap, config)
         _send_to(clusters, upstream)
         whole = _whole(bootstrap, clusters, routes)
+        trial = _trial(whole)
         listeners = _move_listeners(bootstrap, _LISTENERS.format(number))
     except (LookupError, TypeError, AttributeError) as error:
         raise ParallamaError(
@@ -79,6 +85,7 @@ def write(config: Config, upstream: Upstream, into: Path, number: int) -> None:
         _LISTENERS.format(number): listeners,
         "clusters.yaml": clusters,
         WHOLE: whole,
+        TRIAL: trial,
     }
     for name, tree in written.items():
         (into / name).write_text(yaml.safe_dump(tree, sort_keys=False, width=200), encoding="utf-8")
@@ -90,6 +97,16 @@ def place(names: Iterable[str], written: Path, into: Path) -> None:
     for name in names:
         for file in sorted((written / name).iterdir()) if name == "lua" else [written / name]:
             os.replace(file, into / file.relative_to(written))
+
+
+def keep(placed: Path, at: Path) -> None:
+    """Copy what a starting Envoy reads, whichever it is, to put it back by `put_back`."""
+    shutil.rmtree(at, ignore_errors=True)
+    shutil.copytree(placed, at)
+
+
+def put_back(at: Path, placed: Path) -> None:
+    place(_STARTING, at, placed)
 
 
 def waiting(written: Path, placed: Path, number: int) -> bool:
@@ -190,6 +207,15 @@ def _whole(bootstrap: Any, clusters: Any, routes: Any) -> Any:
         manager["route_config"] = _named(rds["route_config_name"], _untyped(routes))
         manager["route_config"]["validate_clusters"] = True
     return whole
+
+
+def _trial(whole: Any) -> Any:
+    trial = copy.deepcopy(whole)
+    trial.pop("admin", None)
+    listener, _ = _gateway(trial)
+    listener["address"] = {"pipe": {"path": TRIAL_SOCKET, "mode": 0o600}}
+    trial["static_resources"]["listeners"] = [listener]
+    return trial
 
 
 def _untyped(resources: Any) -> list[Any]:

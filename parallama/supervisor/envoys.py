@@ -2,8 +2,12 @@
 
 import asyncio
 import logging
+import os
+import signal
 import socket
-from collections.abc import Sequence
+import time
+from contextlib import suppress
+from http import HTTPStatus
 from pathlib import Path
 
 from parallama.config import Config
@@ -11,13 +15,16 @@ from parallama.errors import ParallamaError
 from parallama.stores import socket_path
 from parallama.supervisor import children, envoy_admin, envoy_files, folder, leaving
 from parallama.supervisor.address import check_free
-from parallama.supervisor.child import Child, Command
+from parallama.supervisor.child import Child, Command, dies_with_us
 from parallama.supervisor.hot_restart import Lineage
 
 log = logging.getLogger("parallama.up")
 
 _ENVOYS_WORDS = 800
 _TRAIL = Path("trail/usage.jsonl")
+_TRIAL_SECONDS = 10.0
+_UNWELL_SECONDS = 2.0  # for which it says so itself
+_POLL_SECONDS = 0.02
 
 
 class Envoys:
@@ -36,6 +43,7 @@ class Envoys:
         self._config = config  # of the one that runs
         self._mourner: socket.socket | None = None  # of its predecessor
         self._number = 0  # of the files that the newest one was given
+        self._before = 0  # of those of its predecessor
         self._placing = asyncio.Lock()
 
     # Files.
@@ -45,19 +53,20 @@ class Envoys:
         async with self._placing:
             number = self._number + starting
             names = envoy_files.starting(number) if starting else envoy_files.RELOADING
-            await self._place(config, number, names)
+            await self._write(config, number)
+            with folder.writing(self._state_dir):
+                envoy_files.place(names, self._checked, self._state_dir / "envoy")
             self._number = number
 
-    async def _place(self, config: Config, number: int, names: Sequence[str]) -> None:
+    async def _write(self, config: Config, number: int) -> None:
+        """Where no Envoy that runs reads them, and have them checked there."""
         upstream = config.api_gateways.ollama.upstream()
         if self.model_port is not None:
             upstream = ("http", "127.0.0.1", self.model_port)
         with folder.writing(self._state_dir):
             envoy_files.write(config, upstream, self._checked, number)
-            (self._checked.parent / "trail").mkdir(exist_ok=True)  # Envoy opens its logs to check
+            _as_if_placed(self._checked.parent)
         await _check(self._checked)
-        with folder.writing(self._state_dir):
-            envoy_files.place(names, self._checked, self._state_dir / "envoy")
 
     @property
     def waiting(self) -> bool:
@@ -68,6 +77,10 @@ class Envoys:
     def _checked(self) -> Path:
         return self._state_dir / "check" / "envoy"
 
+    @property
+    def _kept(self) -> Path:
+        return self._state_dir / "check" / "before"
+
     # One after the other.
 
     async def first(self) -> Command:
@@ -77,16 +90,21 @@ class Envoys:
         envoy_files.remove_listeners(Path("envoy"), self._number)
         return children.envoy(self._config, self._lineage)
 
-    async def next(self, config: Config, running: Child) -> Command:
-        """What to run beside the one that runs. Raises ParallamaError."""
-        if not self._lineage.possible:
-            raise ParallamaError(
-                "Envoy cannot hand over its connections here: /dev/shm is not writable"
-            )
-        if running.state != "serving":
-            raise ParallamaError(f"envoy is {running.state}: try again when it serves")
+    async def check(self, config: Config, running: Child) -> None:
+        """Raises ParallamaError where `next` would, as far as that can be known before."""
+        self._check_running(running)
         if config.server.port != self._config.server.port:
             check_free(config)
+        async with self._placing:
+            await self._write(config, self._number + 1)
+            await _try_out(self._checked)
+
+    async def next(self, config: Config, running: Child) -> Command:
+        """What to run beside the one that runs. Raises ParallamaError."""
+        self._check_running(running)
+        with folder.writing(self._state_dir):
+            envoy_files.keep(Path("envoy"), self._kept)
+        self._before = self._number
         await self.place(config, starting=True)
         if running.restarts:
             self._lineage.epoch = 0
@@ -98,8 +116,20 @@ class Envoys:
         epoch, keep_open = self._lineage.epoch + 1, (self._mourner.fileno(),)
         return children.envoy(config, self._lineage, epoch, keep_open)
 
-    async def goes_on(self, old: Child) -> bool:
-        """Whether it still takes connections."""
+    def _check_running(self, running: Child) -> None:
+        if not self._lineage.possible:
+            raise ParallamaError(
+                "Envoy cannot hand over its connections here: /dev/shm is not writable"
+            )
+        if running.state != "serving":
+            raise ParallamaError(f"envoy is {running.state}: try again when it serves")
+
+    async def take_back(self, old: Child) -> bool:
+        """The next one did not come up. Whether `old` still takes connections."""
+        with folder.writing(self._state_dir):
+            envoy_files.put_back(self._kept, Path("envoy"))
+        self._number = self._before
+        envoy_files.remove_listeners(Path("envoy"), self._number)
         return old.pid is not None and leaving.listens(old.pid, self._config.server.port)
 
     async def see_off(self, old: Child, new: Child, config: Config) -> None:
@@ -159,19 +189,61 @@ class Envoys:
             self._mourner.close()
 
 
+def _as_if_placed(folder: Path) -> None:
+    """Envoy that works here finds what it finds in state_dir; but for the trail, which it opens."""
+    (folder / "trail").mkdir(exist_ok=True)
+    with suppress(FileExistsError):
+        (folder / "run").symlink_to("../run")
+
+
 async def _check(folder: Path) -> None:
-    whole = folder / envoy_files.WHOLE
-    process = await asyncio.create_subprocess_exec(
+    """That it takes what it is given."""
+    process = await _envoy(folder, envoy_files.WHOLE, "--mode", "validate")
+    said, _ = await process.communicate()
+    if process.returncode:
+        raise _refusal(folder / envoy_files.WHOLE, said)
+
+
+async def _try_out(folder: Path) -> None:
+    """That it is well with it: who takes the place of another finds that out too late."""
+    at = socket_path(folder.parent / envoy_files.TRIAL_SOCKET)
+    process = await _envoy(folder, envoy_files.TRIAL, "--concurrency", "1")
+    talking = asyncio.create_task(process.communicate())
+    until = time.monotonic() + _TRIAL_SECONDS
+    try:
+        while (status := await envoy_admin.healthz(at)) != HTTPStatus.OK:
+            if process.returncode is not None:
+                raise _refusal(folder / envoy_files.TRIAL, (await talking)[0])
+            if status is not None:
+                until = min(until, time.monotonic() + _UNWELL_SECONDS)
+            if time.monotonic() > until:
+                raise ParallamaError(
+                    "an Envoy with these files does not find authz and ratelimit well (GET /healthz"
+                    f" is not 200): {folder / envoy_files.TRIAL}"
+                )
+            await asyncio.sleep(_POLL_SECONDS)
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await talking
+        with suppress(FileNotFoundError):
+            os.unlink(at)
+
+
+async def _envoy(folder: Path, file: str, *more: str) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
         str(children.envoy_binary()),
-        *("--mode", "validate", "-c", f"{folder.name}/{whole.name}"),
+        *("-c", f"{folder.name}/{file}", *more),
         *("--disable-hot-restart", "--log-level", "error", "--log-format", "%v"),
         cwd=folder.parent,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
+        preexec_fn=dies_with_us(signal.SIGKILL),
     )
-    said, _ = await process.communicate()
-    if process.returncode:
-        # It may repeat the whole file.
-        words = said.decode(errors="replace").strip()[:_ENVOYS_WORDS]
-        raise ParallamaError(f"Envoy refuses its files, put together in {whole}:\n{words}")
+
+
+def _refusal(file: Path, said: bytes) -> ParallamaError:
+    # It may repeat the whole file.
+    words = said.decode(errors="replace").strip()[:_ENVOYS_WORDS]
+    return ParallamaError(f"Envoy refuses its files, put together in {file}:\n{words}")

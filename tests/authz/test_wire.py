@@ -24,12 +24,14 @@ def credentials(headers: dict[str, str]) -> tuple[str, ...]:
     return parsed(headers=headers).credentials
 
 
-def allowed(key: KeyRecord, method: str, path: str) -> pb.CheckResponse:
+def allowed(
+    key: KeyRecord, method: str, path: str, *, count_text: bool = False
+) -> pb.CheckResponse:
     decision = identify(
         an_ask(method=method, path=path, gateway="ollama"), key, gateways=("ollama",), now=NOW
     )
     assert isinstance(decision, Allow)
-    return pb.CheckResponse.FromString(wire.render_allow(decision))
+    return pb.CheckResponse.FromString(wire.render_allow(decision, count_text=count_text))
 
 
 # In.
@@ -156,6 +158,13 @@ def test_what_the_later_filters_are_told(
     who = {c.USER, c.USERNAME, c.KEY, c.ROLE, c.GATEWAY, c.DIALECT, c.ENDPOINT}
     assert {name: value for name, value in metadata.items() if name not in who} == told
     assert set(metadata) <= c.AUTHZ_KEYS
+
+
+@pytest.mark.parametrize(("path", "told"), [("/api/chat", True), ("/api/show", False)])
+def test_text_is_asked_for_where_tokens_are_spent(path: str, told: bool) -> None:
+    metadata = allowed(a_key(), "POST", path, count_text=True).dynamic_metadata
+    assert (c.COUNT_TEXT in metadata) == told
+    assert c.COUNT_TEXT not in allowed(a_key(), "POST", path).dynamic_metadata
 
 
 def test_a_managing_call_is_not_metered_but_its_body_is_read() -> None:

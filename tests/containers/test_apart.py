@@ -127,6 +127,28 @@ def test_a_service_that_is_killed_comes_back_and_no_row_is_lost(apart: Apart, na
     assert None not in answers
 
 
+@pytest.mark.parametrize("named", [(), ("envoy",)])
+def test_envoy_is_replaced_where_there_is_no_way_to_a_database(
+    apart: Apart, named: tuple[str, ...]
+) -> None:
+    text = apart.config.read_text()
+    nowhere = apart.folder / "nowhere.yaml"
+    nowhere.write_text(
+        text.replace("{path: users.db}", "{host: 127.0.0.1, port: 9, name: x, user: x}")
+    )
+    anna, before = apart.gateway.someone(), apart.gateway.child("envoy")
+    apart.gateway.http.close()
+    del apart.gateway.http
+    done = subprocess.run(
+        [PARALLAMA, "restart", *named, "--config", nowhere],
+        env={**_ENVIRON, **_ENVOYS}, capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "envoy restarted\n", "")
+    assert apart.gateway.child("envoy") != before
+    assert anna.post("/api/chat", CHAT).status_code == 200
+
+
 # The last one: it stops Envoy.
 
 

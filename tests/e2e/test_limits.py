@@ -275,7 +275,7 @@ def test_a_call_that_names_no_maximum_is_held_at_the_default_and_gets_the_rest_b
     gateway: Gateway,
 ) -> None:
     someone = gateway.someone(tokens=2000)
-    nobody_knows = {**CHAT, "model": "smollm2:latest"}  # how long its answers usually are
+    nobody_knows = {**CHAT, "model": "library/smollm2"}  # how long its answers usually are
     with someone.stream("/api/chat", nobody_knows, headers=says(hold_at=2)) as answer:
         left = int(answer.headers["x-ratelimit-remaining-tokens"])
         assert 2000 - left >= 512

@@ -255,7 +255,9 @@ def test_half_a_line_and_a_foreign_one_cost_no_other(gateway: Gateway) -> None:
         time.sleep(0.5)
     check_rows(gateway, someone)
     until(lambda: len(trail.letters()) >= 3)
-    said = [at for at in gateway.events() if at["event"] == "lines of the trail kept aside"]
+    aside = "lines of the trail kept aside"
+    until(lambda: aside in gateway.log())
+    said = [at for at in gateway.events() if at["event"] == aside]
     assert {"file", "offset", "reason"} <= said[0].keys()
 
 

@@ -1,5 +1,6 @@
 """Runs one of our Lua filters under LuaJIT, with a handle that behaves as Envoy 1.40's does."""
 
+from base64 import b64encode
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +83,7 @@ function handle:filterContext()
   return context
 end
 function handle:timestamp() return run.now end
+function handle:base64Escape(bytes) return run.base64(bytes) end
 function handle:logErr(message) run.logs[#run.logs + 1] = message end
 function handle:body()
   if run.ended then return run.saw_body and buffer() or nil end
@@ -229,6 +231,7 @@ class Stream:
                 b"logs": table([]),
                 b"sets": 0,
                 b"now": NOW_MS,
+                b"base64": b64encode,
                 b"data": b"",
                 b"ended": ended,
                 b"is_response": function == b"envoy_on_response",

@@ -63,6 +63,11 @@ def test_forgetting_is_by_key_and_value() -> None:
             await cache.get(key, says(key.upper()))
         cache.forget(lambda key, value: key == "a" or value == "C")
         assert [cache.peek(key) for key in "abc"] == [None, "B", None]
+        cache.forget_one("nobody")
+        assert cache.peek("b") == "B"
+        cache.forget_one("b")
+        assert cache.peek("b") is None
+        await cache.get("d", says("D"))
         cache.forget_all()
         assert len(cache) == 0
 
@@ -76,6 +81,7 @@ Change = Callable[["Cache[str, str]"], None]
     "change",
     [
         pytest.param(lambda cache: cache.forget(lambda key, _: key == "other"), id="forget"),
+        pytest.param(lambda cache: cache.forget_one("other"), id="forget one"),
         pytest.param(lambda cache: cache.forget_all(), id="forget all"),
         pytest.param(lambda cache: cache.pause(), id="pause"),
         pytest.param(lambda cache: cache.resume(), id="resume"),

@@ -1,16 +1,25 @@
 """`parallama limits`: units and windows, keys, the shadow, resets, grants."""
 
+import os
+from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import pytest
 
 from parallama.cli.options import parse_end
+from parallama.config import load
+from parallama.counters import Call, Counters
 from parallama.db.manage import grants
+from parallama.db.policies import policy_of
 from parallama.errors import UsageError
 from parallama.limits import Unit
+from parallama.stores import connect_redis
+from ratelimit import rules
 from tests.parallama.commands import Parallama
 from tests.parallama.db_on_disk import NOW, Opened, on
+from tests.parallama.servers import Server
 
 EVERY = {
     f"{unit}_per_{window}": number
@@ -66,7 +75,7 @@ def test_a_table_has_a_line_for_each_limit_and_nothing_else(berlin: Parallama) -
     )
     header, *lines = [line.split("  ") for line in table.splitlines()]
     assert [cell.strip() for cell in header if cell] == [
-        "SCOPE", "GATEWAY", "MODEL", "LIMIT", "RESETS AT", "SHADOW",
+        "SCOPE", "GATEWAY", "MODEL", "LIMIT", "NO ROOM", "RESETS AT", "SHADOW",
     ]  # fmt: skip
     cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
     assert {tuple(line[:3]) for line in cells} == {("anna", "ollama", "llama3*")}
@@ -77,8 +86,9 @@ def test_a_table_has_a_line_for_each_limit_and_nothing_else(berlin: Parallama) -
         "cost 12.5 per month",
         "2 requests at once",
     ]
-    assert [line[5] for line in cells] == ["no"] * 5
-    assert cells[-1][4] == "-"
+    assert [line[4] for line in cells] == ["-"] * 5  # nothing runs that counts
+    assert [line[6] for line in cells] == ["no"] * 5
+    assert cells[-1][5] == "-"
     assert berlin.table("limits", "list") == table
 
 
@@ -131,6 +141,68 @@ def test_the_shadow_is_set_shown_and_unset_apart(berlin: Parallama) -> None:
     assert "no limits" in berlin.refused(3, "limits", "unset", "anna", "--shadow")
     berlin.json(*day, "50", "--shadow")
     assert berlin.json("limits", "unset", "anna") == {"removed": 2}
+
+
+def counting(cli: Parallama, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+    """From here on commands find counters."""
+    monkeypatch.setenv("PARALLAMA_REDIS__HOST", "127.0.0.1")
+    monkeypatch.setenv("PARALLAMA_REDIS__PORT", str(server.port))
+
+
+def call(cli: Parallama, user: str, number: int) -> None:
+    """As ratelimit decides about one, by what is set now."""
+
+    async def work(at: Opened) -> None:
+        policy = await policy_of(at.store, user)
+        config = load(cli.config, os.environ)
+        now = datetime.now(UTC).timestamp()
+        met = rules.buckets(policy.limits, "ollama", "m", "", now, config.rate_limiting.zone)
+        async with (
+            connect_redis(config) as redis,
+            aclosing(Counters(redis, lease=60, timeout=5)) as counters,
+        ):
+            since = await counters.begin(user, 0)
+            ask = Call(f"r{number}", user, "", "ollama", "ollama", "/api/chat", "m", now)
+            holds = [each.hold(1) for each in met]
+            spent = [(hold, 0) for hold in holds if hold.unit is not Unit.CONCURRENT]
+            await counters.seed(user, since, spent, [], now)
+            await counters.reserve(ask, holds, tokens=1, least=0, now=now)
+
+    on(cli.folder, work)
+
+
+def test_how_often_there_was_no_room_is_listed(
+    berlin: Parallama, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """For the shadow, for real limits, and for a role's where they are asked for by the user."""
+    user = berlin.json("users", "list")[0]["id"]
+    month = ("--gateway", "*", "--requests-per-month")
+    berlin.json("limits", "set", "anna", *month, "3")
+    berlin.json("limits", "set", "anna", *month, "2", "--shadow")
+    berlin.json("limits", "set", "role:user", *month, "1")
+    berlin.json("limits", "set", "role:user", "--gateway", "*", "--concurrent", "4", "--shadow")
+    with Server(tmp_path / "redis") as server:
+        counting(berlin, monkeypatch, server)
+        for number in range(5):
+            call(berlin, user, number)
+        listed = {
+            (row["scope"], row["shadow"]): [
+                row["requests_per_month_no_room"], row["concurrent_no_room"]
+            ]
+            for row in berlin.json("limits", "list", "anna")
+        }  # fmt: skip
+        assert listed == {
+            ("anna", False): [2, None],
+            ("anna", True): [1, None],
+            ("role:user", False): [None, None],  # it does not count: she has her own
+            ("role:user", True): [None, 0],
+        }
+        lines = [line.split() for line in berlin.table("limits", "list", "anna").splitlines()]
+        assert [line[-3] for line in lines[1:]] == ["-", "0", "2", "1"]
+        everybody = {row["scope"]: row for row in berlin.json("limits", "list")}
+        assert everybody["role:user"]["concurrent_no_room"] is None
+        assert everybody["anna"]["requests_per_month_no_room"] == 1
+    assert berlin.json("limits", "list")[0]["requests_per_month_no_room"] is None  # it is away
 
 
 def test_no_limit_is_an_answer_too(berlin: Parallama) -> None:
@@ -213,14 +285,16 @@ def test_grants_are_made_listed_and_revoked(berlin: Parallama) -> None:
     assert berlin.json("limits", "grants") == [cost]
 
 
-def test_a_grant_of_yesterday_is_listed_as_over(berlin: Parallama) -> None:
+def test_a_grant_of_yesterday_is_listed_among_all_as_over(berlin: Parallama) -> None:
     async def work(at: Opened) -> None:
         for until in (NOW + timedelta(days=1), datetime(2999, 1, 1, tzinfo=UTC)):
             await grants.grant(at.engine, "anna", Unit.REQUESTS, 1, now=NOW, until=until)
 
     on(berlin.folder, work)
-    assert [grant["over"] for grant in berlin.json("limits", "grants")] == [True, False]
-    assert [line.split()[-1] for line in berlin.table("limits", "grants").splitlines()] == [
+    assert [grant["over"] for grant in berlin.json("limits", "grants")] == [False]
+    assert [grant["over"] for grant in berlin.json("limits", "grants", "--all")] == [True, False]
+    table = berlin.table("limits", "grants", "anna", "--all")
+    assert [line.split()[-1] for line in table.splitlines()] == [
         "OVER", "yes", "no",
     ]  # fmt: skip
 

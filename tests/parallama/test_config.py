@@ -749,3 +749,14 @@ def test_lines_of_a_document() -> None:
     document = parse("a:\n  - 1\n  - b: 2\n")
     assert document.data == {"a": [1, {"b": 2}]}
     assert document.lines == {("a",): 1, ("a", 0): 2, ("a", 1): 3, ("a", 1, "b"): 3}
+
+
+def test_gateways_choose_for_themselves_who_counts_text(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("{}")
+    assert load(file, {}).api_gateways.text_counted == frozenset()
+    file.write_text("api_gateways: {openai: {count_tokens: tiktoken}}")
+    assert load(file, {}).api_gateways.text_counted == {"openai"}
+    file.write_text("api_gateways: {ollama: {count_tokens: guess}}")
+    with pytest.raises(ConfigError, match=r"count_tokens.*learned or tiktoken"):
+        load(file, {})

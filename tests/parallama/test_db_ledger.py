@@ -18,12 +18,13 @@ from parallama.db.manage.usage import Which
 from parallama.db.months import LIST
 from parallama.errors import NotFound
 from parallama.roles import Role
-from parallama.usage import UsageRecord
+from parallama.usage import Spent, UsageRecord
 from tests.parallama.db_on_disk import NOW, Opened, a_minted, a_record, on
 from tests.postgres import Postgres
 
 BOB = "7c1f2c1e-0000-4000-8000-000000000002"
 LOST = "unknown"
+LATER = NOW + timedelta(days=1)
 
 
 async def everything(
@@ -37,6 +38,11 @@ async def ids(at: Opened, which: Which, **options: object) -> list[str]:
     return [record.request_id for record in await everything(at, which, **options)]
 
 
+async def spending(at: Opened, user: str, *spans: ledger.Span) -> ledger.Spending:
+    endpoints = ["/api/chat", "/v1/completions"]
+    return await ledger.spending(at.store, user, spans, (NOW, LATER), endpoints=endpoints)
+
+
 def test_a_row_comes_back_as_it_was_given(db: Database) -> None:
     empty = a_record(
         "r2", timestamp=NOW + timedelta(microseconds=1), key_id=None, model_name=None,
@@ -45,7 +51,7 @@ def test_a_row_comes_back_as_it_was_given(db: Database) -> None:
         status_code=0, flags="DC,UC", error_message="cut", time_to_first_token=None,
         compute_ms=None, upstream_host=None,
     )  # fmt: skip
-    full = a_record("r1", prompt_tokens=0, cached_tokens=0, key_id=BOB)
+    full = a_record("r1", prompt_tokens=0, cached_tokens=0, key_id=BOB, grants="tokens:g1")
 
     async def work(at: Opened) -> None:
         assert (await ledger.add(at.store, [full, empty])).stored == 2
@@ -332,43 +338,79 @@ def test_money_is_exact(db: Database) -> None:
         rows = [a_record(f"r{number}", cost=amount) for number in range(3)]
         await ledger.add(at.store, rows)
         assert [row.cost for row in await everything(at)] == [amount] * 3
-        (used,) = await ledger.used_since(at.store, rows[0].user_id, NOW, endpoints=["/api/chat"])
-        assert used.cost == amount * 3
+        found = await spending(at, rows[0].user_id, (NOW, LATER))
+        assert found.sums[0][0].cost == amount * 3
 
     on(db, work)
 
 
-def test_what_was_used_is_added_up_by_gateway_model_and_key(db: Database) -> None:
+def test_what_was_used_is_added_up_by_gateway_model_key_and_grants(db: Database) -> None:
     anna = a_record().user_id
+    paid = "tokens:7c1f2c1e-0000-4000-8000-00000000000a"
     rows = [
         a_record("r1", compute_ms=1.5, cost=Decimal("0.5")),
         a_record("r2", compute_ms=None, tokens_used=5, cost=None, flags="DC"),
         a_record("r3", model_name=None, flags="UF,URX"),
         a_record("r4", key_id=BOB, gateway="openai", token_source=LOST),
+        a_record("r5", grants=paid),
         a_record("before", timestamp=NOW - timedelta(microseconds=1)),
+        a_record("after", timestamp=LATER),
         a_record("of another", user_id=BOB),
         a_record("not metered", endpoint="/api/tags"),
         a_record("too many", flags="RL"),
         a_record("not allowed", flags="DC,UAEX"),
         a_record("not asked", flags="RLSE,DC"),
     ]
+    assert [row.admitted for row in rows[-4:]] == [True, False, False, False]
 
     async def work(at: Opened) -> None:
         await ledger.add(at.store, rows)
-        used = await ledger.used_since(
-            at.store, anna, NOW, endpoints=["/api/chat", "/v1/completions"]
-        )
-        assert sorted(used, key=repr) == sorted(
+        before = NOW - timedelta(days=1)
+        found = await spending(at, anna, (NOW, LATER), (before, NOW), (before, before))
+        assert sorted(found.sums[0], key=repr) == sorted(
             [
-                ledger.Used("ollama", "llama3", None, 2, 35, 1501.5, Decimal("0.5")),
-                ledger.Used("ollama", None, None, 1, 30, 900.0, Decimal(0)),
-                ledger.Used("openai", "llama3", BOB, 1, 30, 900.0, Decimal(0)),
+                ledger.Used("ollama", "llama3", None, None, 2, 35, 1501.5, Decimal("0.5")),
+                ledger.Used("ollama", "llama3", None, paid, 1, 30, 900.0, Decimal(0)),
+                ledger.Used("ollama", None, None, None, 1, 30, 900.0, Decimal(0)),
+                ledger.Used("openai", "llama3", BOB, None, 1, 30, 900.0, Decimal(0)),
             ],
             key=repr,
         )
-        assert await ledger.used_since(at.store, anna, NOW, endpoints=[]) == []
-        found = await ledger.stored_ids(at.store, anna, NOW)
-        assert set(found) == {row.request_id for row in rows} - {"before", "of another"}
+        assert [used.requests for used in found.sums[1]] == [1]
+        assert found.sums[2] == ()
+        others = {"before", "after", "of another"}
+        assert set(found.recent) == {row.request_id for row in rows} - others
+        day_after = (LATER, LATER + timedelta(days=1))
+        nothing = await ledger.spending(at.store, anna, [(NOW, LATER)], day_after, endpoints=[])
+        assert nothing == ledger.Spending(((),), ("after",))
+        row = await ledger.spent_by(at.store, ["r1", "r2", "r4"], NOW)
+        assert row == {"r1": Spent(30, 2, 5 * 10**8), "r2": Spent(5, 1500, 0)}
+        assert row["r2"] == rows[1].spent
+
+    on(db, work)
+
+
+MOST = Decimal("9223372.036854775807")
+
+
+def test_sums_are_exact_however_much_is_stored(db: Database) -> None:
+    """Far beyond 64 bits, in each of the sums."""
+    largest = 2**63 - 1
+    amounts = {"tokens_used": largest, "prompt_tokens": largest, "completion_tokens": largest}
+    rows = [a_record(f"r{number}", cost=MOST, **amounts) for number in range(30)]
+    rows.append(a_record("below", cost=Decimal(0), tokens_used=-7, prompt_tokens=-(2**62)))
+
+    async def work(at: Opened) -> None:
+        await ledger.add(at.store, rows)
+        for by in ([], ["user"], ["day", "model"]):
+            (total,) = await usage.summary(at.engine, Which(), by)
+            assert total["cost"] == MOST * 30
+            assert total["tokens_used"] == largest * 30 - 7
+            assert total["prompt_tokens"] == largest * 30 - 2**62
+            assert (total["requests"], total["errors"], total["without_cost"]) == (31, 0, 0)
+        found = await spending(at, rows[0].user_id, (NOW, LATER))
+        ((used,),) = found.sums
+        assert (used.cost, used.tokens) == (MOST * 30, largest * 30 - 7)
 
     on(db, work)
 

@@ -1,6 +1,7 @@
 """Limits and grants on a real database."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any
@@ -48,7 +49,7 @@ async def put(
 
 
 async def limits_of(store: Store, user: str) -> tuple[Limit, ...]:
-    return (await policy_of(store, user)).limits
+    return tuple(replace(at, set_at=0.0) for at in (await policy_of(store, user)).limits)
 
 
 def a_limit(
@@ -399,6 +400,8 @@ def test_grants_add_up_and_are_taken_back_one_by_one(db: Database) -> None:
         soon = await grants.grant(at.engine, user, Unit.TOKENS, 2, now=NOW, until=TOMORROW)
         bobs = await grants.grant(at.engine, "bob", Unit.REQUESTS, 3, now=NOW, until=TOMORROW)
         assert await grants.list_grants(at.engine) == [soon, late, bobs]
+        assert await grants.list_grants(at.engine, after=TOMORROW) == [late]
+        assert await grants.list_grants(at.engine, "bob", after=TOMORROW) == []
         assert [each.id for each in (await policy_of(at.store, user)).grants] == [soon.id, late.id]
         assert await grants.revoke_grant(at.engine, soon.id.upper()) == soon
         assert await grants.list_grants(at.engine, "anna") == [late]
@@ -446,5 +449,19 @@ def test_a_grant_that_nobody_could_mean_is_refused(
                 **given,
             )
         assert await grants.list_grants(at.engine) == []
+
+    on(db, work)
+
+
+def test_a_limit_says_since_when_it_is_set(db: Database) -> None:
+    async def work(at: Opened) -> None:
+        user = await anna(at)
+        await put(at, "role:user", {DAY: 100})
+        later = NOW + timedelta(seconds=90)
+        await limits.set_limits(
+            at.engine, "anna", gateway="*", model="*", amounts={HOUR: 5}, now=later
+        )
+        since = {each.window: each.set_at for each in (await policy_of(at.store, user)).limits}
+        assert since == {Window.DAY: NOW.timestamp(), Window.HOUR: later.timestamp()}
 
     on(db, work)

@@ -48,6 +48,8 @@ READ = [each.path for each in ALL if "Not used yet." not in each.description]
 READ_AS = {
     "api_gateways.ollama.host": "upstream",
     "database.password_file": "password",
+    "api_gateways.ollama.count_tokens": "text_counted",
+    "api_gateways.openai.count_tokens": "text_counted",
     "rate_limiting.time_zone": "zone",
     "redis.password_file": "password",
 }

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+from contextlib import aclosing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -12,14 +14,19 @@ import pytest
 from typer.testing import CliRunner
 
 from parallama.cli import app
+from parallama.config import load
+from parallama.counters import Call, Counters, Hold
 from parallama.db import Store, database
 from parallama.db.known import known
 from parallama.db.ledger import add, add_lost
 from parallama.db.manage.schema import upgrade
+from parallama.limits import Unit
 from parallama.reconcile import Found, Reconciliation
+from parallama.stores import connect_redis
 from parallama.trail import Letter, Trail, parse
 from parallama.usage import UsageRecord
 from tests.parallama.db_on_disk import a_record, settings
+from tests.parallama.servers import Server
 from tests.usage_sink.lines import a_line, append, lines
 from tests.usage_sink.make import START
 
@@ -203,3 +210,51 @@ def test_the_command_says_by_its_exit_code_whether_something_differs(scene: Scen
     code, told = command(scene, "--repair")
     assert (code, told["mended"], told["differs"]) == (0, 1, 0)
     assert command(scene)[0] == 0
+
+
+def test_a_row_that_is_mended_closes_its_reservation(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """At its price, and at once: not when the lease ends."""
+    scene.write(1)
+    record = record_of("1")
+    hold = Hold("b", Unit.TOKENS, 100, 50, 0, 2**40)
+    money = Hold("m", Unit.COST, 10**12, 50, 0, 2**40)
+    price = ("prices", "set", "llama3", "--prompt", "1", "--completion", "1")
+    CliRunner().invoke(app, ["--config", str(scene.config), *price])
+
+    async def reserve(counters: Counters) -> tuple[int, int]:
+        at = datetime.now(UTC).timestamp()
+        await counters.begin(record.user_id, 0)
+        call = Call("1", record.user_id, "", "ollama", "ollama", "/api/chat", "llama3", at)
+        taken = await counters.reserve(call, [hold, money], tokens=50, least=0, now=at)
+        assert taken.taken
+        return await levels(counters)
+
+    async def levels(counters: Counters) -> tuple[int, int]:
+        at = datetime.now(UTC).timestamp()
+        probe = Call("probe", record.user_id, "", "", "", "", "", at)
+        none = Hold("none", Unit.REQUESTS, 0, 1, 0, 2**40)
+        seen = await counters.reserve(probe, [hold, money, none], tokens=9, least=0, now=at)
+        return tuple((level.used, level.reserved) for level in seen.levels[:2])
+
+    with Server(tmp_path / "redis") as server:
+        monkeypatch.setenv("PARALLAMA_REDIS__HOST", "127.0.0.1")
+        monkeypatch.setenv("PARALLAMA_REDIS__PORT", str(server.port))
+
+        def ask(work: Any) -> Any:
+            async def opened() -> Any:
+                config = load(scene.config, os.environ)
+                async with (
+                    connect_redis(config) as redis,
+                    aclosing(Counters(redis, lease=60, timeout=5)) as counters,
+                ):
+                    return await work(counters)
+
+            return asyncio.run(opened())
+
+        assert ask(reserve) == ((0, 50), (0, 50))
+        assert command(scene, "--repair")[0] == 0
+        assert ask(levels) == ((31, 0), (31000, 0))
+        assert command(scene, "--repair")[0] == 0  # nothing is charged twice
+        assert ask(levels) == ((31, 0), (31000, 0))

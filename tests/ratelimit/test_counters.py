@@ -6,22 +6,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import pytest
-import uvloop
-from hypothesis import HealthCheck
-from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
 
-from parallama.counters import Call, Counters, Lost
+from parallama.counters import NOT_COUNTED, NOT_KNOWN, ON_THE_WAY, Call, Counters, Lost
 from parallama.limits import Limit, Unit, Window
+from parallama.usage import Spent
 from ratelimit import rules
-from tests.examples import examples
 
 NOON = 1_700_049_600.0  # 2023-11-15 12:00:00 UTC
 LEASE = 600
@@ -69,16 +58,29 @@ class Desk:
         """As `ask`, of a user who has spent nothing before."""
         answer = await self.ask(limits, id, amount, user=user, **about)
         if not answer.known:
-            await self.counters.seed(user, [], [], 0)
+            await self.counters.begin(user, 0)
             answer = await self.ask(limits, id, amount, user=user, **about)
         return answer
 
     async def settle(self, id="r", used=0, *, user="u", now=NOON) -> int:
         return await self.counters.settle(user, id, used, now)
 
-    async def close(self, id="r", used=0, *, user="u", now=NOON, compute=0, cost=0) -> int:
-        amounts = {"tokens": used, "compute": compute, "cost": cost}
-        return await self.counters.close(user, id, **amounts, now=now)
+    async def close(
+        self, id="r", used=0, *, user="u", now=NOON, compute=0, cost=0, began=None, late=None
+    ) -> int:
+        return await self.counters.close(
+            user, id, Spent(used, compute, cost), began=began or now, now=now, late=late
+        )
+
+    async def seed(self, spent, counted, *, user="u", now=NOON) -> None:
+        since = await self.counters.begin(user, now)
+        assert await self.counters.seed(user, since, spent, counted, now)
+
+    async def charge(self, met, id, used, *, user="u", stored=False, now=NOON, cost=0) -> int:
+        call = Call(id, user, "k", "g", "openai", "/v1/chat/completions", "m", now)
+        holds = [at.hold(0) for at in met]
+        spent = Spent(used, cost=cost)
+        return await self.counters.charge(call, holds, spent, stored=stored, now=now)
 
     async def expire(self, now) -> list[Lost]:
         return await self.counters.expire(now)
@@ -220,7 +222,7 @@ async def test_settling_twice_charges_once(counters):
 
 @story
 async def test_settling_what_nobody_reserved_charges_nobody(counters):
-    assert await counters.settle("never", 100) == -2
+    assert await counters.settle("never", 100) == -1
     assert await counters.close("never", 100) == -1
     assert await counters.redis.keys() == []
     await counters.reserve([tokens(100)])
@@ -281,8 +283,10 @@ async def test_a_settled_call_whose_row_never_comes_is_lost_with_its_tokens(coun
     assert await counters.expire(NOON + LEASE) == []  # its row has as long again
     (lost,) = await counters.expire(NOON + 10 + LEASE)
     assert lost.tokens == 50
-    # What it cost nobody knows: what was held is charged.
+    # What it cost nobody knows: what was held is charged, until its row comes after all.
     assert await counters.look(limits) == [(50, 0), (500, 0)]
+    assert [await counters.close("r1", 50, cost=7) for _ in range(2)] == [1, 0]
+    assert await counters.look(limits) == [(50, 0), (7, 0)]
 
 
 @story
@@ -314,6 +318,41 @@ async def test_a_row_settles_what_nobody_settled(counters):
     assert await counters.close("r1", 70) == 1
     assert await counters.settle("r1", 70) == 0
     assert await counters.look(limits) == [(70, 0), (0, 0)]
+
+
+@story
+async def test_the_row_has_the_last_word_about_tokens(counters):
+    limits = [tokens(1000), tokens(5000, Window.DAY), limit(Unit.COST, Window.DAY, 10**9)]
+    for id, used, row in (("r1", 50, 70), ("r2", 50, 20), ("r3", 50, 0), ("r4", 0, 9)):
+        await counters.reserve(limits, id, 100, cost=500)
+        assert await counters.settle(id, used) == 1
+        assert [await counters.close(id, row, cost=1) for _ in range(2)] == [1, 0]
+        assert await counters.settle(id, used) == 0
+    assert await counters.look(limits) == [(99, 0), (99, 0), (4, 0)]
+
+
+@story
+async def test_the_row_has_it_after_the_lease_as_well(counters):
+    limits = [tokens(1000, Window.DAY)]
+    for id in ("r1", "r2"):
+        await counters.reserve(limits, id, 100)
+    await counters.settle("r1", 50, now=NOON + 10)
+    assert {at.tokens for at in await counters.expire(NOON + 10 + LEASE)} == {50, None}
+    await counters.settle("r2", 50, now=NOON + 20 + LEASE)
+    assert await counters.look(limits) == [(100, 0)]
+    for id in ("r1", "r2"):
+        assert await counters.close(id, 70, now=NOON + 30 + LEASE) == 1
+    assert await counters.look(limits) == [(140, 0)]
+
+
+@story
+async def test_a_count_that_is_lost_is_not_corrected(counters):
+    limits = [tokens(1000)]
+    await counters.reserve(limits, "r1", 100)
+    await counters.settle("r1", 50)
+    await counters.redis.delete(*await counters.redis.keys("*:b:*"))
+    assert await counters.close("r1", 70) == 1
+    assert await counters.redis.keys("*:b:*") == []
 
 
 @story
@@ -365,13 +404,13 @@ async def test_what_was_spent_before_is_asked_for(counters):
     assert not (await counters.ask(limits)).known
     assert await counters.open() == 0
     met = rules.buckets(limits, "g", "m", "k", NOON)
-    spent = [(met[0].hold(0), 990), (met[1].hold(0), 7)]
-    await counters.counters.seed("u", spent, ["old"], NOON)
+    await counters.seed([(met[0].hold(0), 990), (met[1].hold(0), 7)], ["old"])
     answer = await counters.ask(limits, "r1", 5)
     assert (answer.known, answer.taken) == (True, True)
     assert [(at.used, at.reserved) for at in answer.levels] == [(990, 5), (8, 0)]
     # That one is in those sums.
-    assert await counters.settle("old", 100) == 0
+    assert await counters.settle("old", 100) == -1
+    assert await counters.charge(met, "old", 100) == 0
     # A window that begins from now on begins empty; one that began before must be asked for.
     assert (await counters.ask(limits, "r2", now=NOON + 3600)).known
     assert not (await counters.ask([limit(amount=3, window=Window.MONTH)], "r3")).known
@@ -382,22 +421,195 @@ async def test_telling_what_was_spent_changes_no_count_that_is_there(counters):
     limits = [tokens(1000)]
     await counters.reserve(limits, "r1", 30)
     met = rules.buckets(limits, "g", "m", "k", NOON)
-    await counters.counters.seed("u", [(met[0].hold(0), 500)], ["r1"], NOON)
+    await counters.seed([(met[0].hold(0), 500)], ["r1"])
     assert await counters.settle("r1", 20) == 1
     assert await counters.look(limits) == [(20, 0)]
 
 
 @story
+async def test_what_is_seeded_into_other_counters_than_were_begun_is_refused(counters):
+    met = rules.buckets([tokens(1000)], "g", "m", "k", NOON)
+    since = await counters.counters.begin("u", NOON)
+    assert await counters.counters.begin("u", NOON + 5) == since
+    spent = [(met[0].hold(0), 500)]
+    await counters.redis.flushall()
+    assert not await counters.counters.seed("u", since, spent, [], NOON)
+    later = await counters.counters.begin("u", NOON + 5)
+    assert not await counters.counters.seed("u", since, spent, [], NOON)
+    assert await counters.counters.seed("u", later, spent, [], NOON)
+
+
+@story
 async def test_a_call_that_was_lost_with_the_counters_is_charged_once(counters):
+    limits = [tokens(1000), limit(amount=10), limit(Unit.COST, Window.DAY, 1000)]
+    met = rules.buckets(limits, "g", "m", "k", NOON)
+    assert await counters.charge(met, "r1", 40) == -1
+    await counters.seed([(at.hold(0), 100) for at in met], ["in the rows"])
+    assert [await counters.charge(met, "r1", 40) for _ in range(2)] == [1, 0]
+    assert await counters.charge(met, "in the rows", 40) == 0
+    assert await counters.look(limits) == [(140, 0), (101, 0), (100, 0)]
+    # It is on record now, and its row tells what it cost.
+    assert await counters.open() == 1
+    assert [await counters.close("r1", 40, cost=7) for _ in range(2)] == [1, 0]
+    assert await counters.look(limits) == [(140, 0), (101, 0), (107, 0)]
+    assert await counters.open() == 0
+
+
+@story
+async def test_a_row_that_was_on_its_way_when_counters_were_built_is_charged_once(counters):
+    limits = [tokens(1000), limit(amount=10), limit(Unit.COST, Window.DAY, 1000)]
+    met = rules.buckets(limits, "g", "m", "k", NOON)
+    await counters.seed([(at.hold(0), 100) for at in met], ["in the rows"])
+    late = Call("r1", "u", "k", "g", "openai", "/v1/chat/completions", "m", NOON - 9)
+    about = {"began": NOON - 9, "now": NOON + 1}
+    assert await counters.close("in the rows", 40, **about) == NOT_KNOWN
+    assert await counters.close("r1", 40, cost=7, **about) == NOT_COUNTED
+    assert [await counters.close("r1", 40, late=late, **about) for _ in range(2)] == [1, 0]
+    assert await counters.settle("r1", 40, now=NOON + 2) == 0
+    (lost,) = await counters.expire(NOON + 2)
+    assert (lost.call, lost.uncounted) == (late, True)
+    # Named again until it is charged, as a lost one is.
+    assert await counters.expire(NOON + 3) == []
+    assert await counters.expire(NOON + 2 + LEASE // 2) == [lost]
+    assert [await counters.charge(met, "r1", 40, stored=True, cost=7) for _ in range(2)] == [1, 0]
+    assert await counters.look(limits) == [(140, 0), (101, 0), (107, 0)]
+    assert await counters.open() == 0
+    # And so also if it is told of again long after it was forgotten for the time being.
+    await counters.redis.delete(*await counters.redis.keys("*:r:*"))
+    assert await counters.close("r1", 40, began=NOON - 9, now=NOON + 86000) == NOT_KNOWN
+
+
+@story
+async def test_what_began_long_before_counters_were_built_was_in_the_rows(counters):
+    met = rules.buckets([tokens(1000)], "g", "m", "k", NOON)
+    await counters.seed([(met[0].hold(0), 100)], [])
+    for began, now, told in [
+        (NOON - ON_THE_WAY, NOON + 1, NOT_COUNTED),
+        (NOON - ON_THE_WAY - 1, NOON + 1, NOT_KNOWN),
+        (NOON + 59, NOON + 99, NOT_COUNTED),  # clocks differ
+        (NOON + 61, NOON + 99, NOT_KNOWN),
+        (NOON, NOON + 86399, NOT_COUNTED),
+        (NOON, NOON + 86401, NOT_KNOWN),  # the trail is read once more
+    ]:
+        assert await counters.close("r1", 40, began=began, now=now) == told
+
+
+@story
+async def test_a_call_of_that_time_that_was_on_record_is_never_taken_for_a_late_one(counters):
+    """Its record is forgotten after a while, and its row is told of again after that."""
+    limits = [tokens(1000)]
+    await counters.seed([(rules.buckets(limits, "g", "m", "k", NOON)[0].hold(0), 0)], [])
+    await counters.reserve(limits, "r1", 40)
+    await counters.close("r1", 40, began=NOON - 1)
+    await counters.redis.delete(*await counters.redis.keys("*:r:*"))
+    assert await counters.close("r1", 40, began=NOON - 1, now=NOON + 500) == NOT_KNOWN
+
+
+@story
+async def test_what_waits_to_be_charged_and_is_in_the_rows_by_then_is_not(counters):
+    """The row came while the rows were read."""
     limits = [tokens(1000)]
     met = rules.buckets(limits, "g", "m", "k", NOON)
-    spent = [(met[0].hold(0), 40)]
-    assert await counters.counters.charge("u", "r1", spent, NOON) == -2
-    await counters.counters.seed("u", [(met[0].hold(0), 100)], ["in the rows"], NOON)
-    charged = [await counters.counters.charge("u", "r1", spent, NOON) for _ in range(2)]
-    assert charged == [1, 0]
-    assert await counters.counters.charge("u", "in the rows", spent, NOON) == 0
+    since = await counters.counters.begin("u", NOON + 9)
+    late = Call("r1", "u", "k", "g", "openai", "/v1/chat/completions", "m", NOON)
+    assert await counters.close("r1", 40, late=late) == 1
+    assert await counters.charge(met, "r1", 40, stored=True) == -1
+    assert await counters.counters.seed("u", since, [(met[0].hold(0), 40)], ["r1"], NOON)
+    assert await counters.charge(met, "r1", 40, stored=True) == 0
+    (bucket,) = await counters.redis.keys("*:b:*")
+    assert await counters.redis.hgetall(bucket) == {b"used": b"40"}
+    assert await counters.open() == 0
+
+
+@story
+async def test_of_two_who_tell_what_was_spent_the_first_counts(counters):
+    """The second has seen a row that is not in what the first told."""
+    limits = [tokens(1000)]
+    met = rules.buckets(limits, "g", "m", "k", NOON)
+    since = [await counters.counters.begin("u", NOON) for _ in range(2)]
+    assert await counters.counters.seed("u", since[0], [(met[0].hold(0), 100)], [], NOON)
+    assert await counters.counters.seed("u", since[1], [(met[0].hold(0), 140)], ["r1"], NOON)
+    assert await counters.close("r1", 40) == NOT_COUNTED
+    assert await counters.charge(met, "r1", 40, stored=True) == 1
     assert await counters.look(limits) == [(140, 0)]
+
+
+@story
+async def test_nothing_is_charged_to_a_window_that_is_over_and_forgotten(counters):
+    limits = [tokens(1000), tokens(5000, Window.DAY)]
+    before = rules.buckets(limits, "g", "m", "k", NOON - 1)
+    now = rules.buckets(limits, "g", "m", "k", NOON)
+    await counters.seed([(at.hold(0), 0) for at in now], [])
+    assert await counters.charge(before, "r1", 40) == 1
+    assert await counters.look(limits) == [(0, 0), (40, 0)]
+    assert not [key for key in await counters.redis.keys() if before[0].name.encode() in key]
+
+
+@story
+async def test_absurd_amounts_are_counted_as_far_as_counters_go(counters):
+    limits = [limit(Unit.COST, Window.DAY, 10**15), tokens(10**15)]
+    met = rules.buckets(limits, "g", "m", "k", NOON)
+    await counters.seed([(at.hold(0), 2**70) for at in met], [])
+    for i in range(3):
+        assert await counters.charge(met, f"r{i}", 2**62, stored=True, cost=2**62) == 1
+    assert await counters.look(limits) == [(2**53, 0), (2**53, 0)]
+
+
+@story
+async def test_how_often_there_was_no_room_is_counted(counters):
+    """In the shadow, where a call is let in; else, where it is not."""
+    shadow = Limit("*", "*", Unit.TOKENS, Window.HOUR, 10, shadow=True)
+    at_once = Limit("*", "*", Unit.CONCURRENT, Window.MOMENT, 1, shadow=True)
+    limits = [shadow, at_once, limit(amount=3), limit(amount=100, window=Window.DAY)]
+    for i in range(5):
+        await counters.reserve(limits, f"r{i}", 8)
+        await counters.reserve(limits, f"r{i}", 8)  # the same call again is the same call
+    met = rules.buckets(limits, "g", "m", "k", NOON)
+    names = [(at.name, at.limit.unit) for at in met]
+    assert await counters.counters.without_room("u", names) == [2, 2, 4, 0]
+    later = rules.buckets(limits, "g", "m", "k", NOON + 3600)
+    names = [(at.name, at.limit.unit) for at in later]
+    assert await counters.counters.without_room("u", names) == [0, 2, 0, 0]
+    assert await counters.counters.without_room("u", []) == []
+    lives = [await counters.redis.ttl(key) for key in await counters.redis.keys("*:no_room")]
+    assert lives == [86400]
+
+
+@story
+async def test_refusals_alone_leave_nothing_that_would_be_taken_for_a_count(counters):
+    limits = [limit(amount=0), limit(amount=0, window=Window.DAY)]
+    assert not (await counters.reserve(limits)).taken
+    lives = sorted([await counters.redis.ttl(key) for key in await counters.redis.keys("*:b:*")])
+    assert lives == [3600 + LEASE, 12 * 3600 + LEASE]
+    await counters.redis.delete(*await counters.redis.keys("*:known:*"))
+    assert not (await counters.ask(limits)).known
+
+
+@story
+async def test_a_clock_that_jumps_loses_no_charge(counters):
+    """An hour ahead, a call of the hour before is settled, and then the clock is right again."""
+    limits = [tokens(1000)]
+    await counters.reserve(limits, "r1", 100)
+    await counters.reserve(limits, "r2", 100)
+    ahead = NOON + 2 * 3600
+    assert await counters.settle("r1", 40, now=ahead) == 1
+    assert await counters.close("r2", 50, now=ahead) == 1
+    assert await counters.look(limits) == [(90, 0)]
+    await counters.reserve(limits, "r3", 100, now=ahead)
+    assert await counters.settle("r3", 30) == 1
+    assert await counters.look(limits) == [(90, 0)]
+    assert await counters.look(limits, now=ahead) == [(30, 0)]
+
+
+@story
+async def test_a_clock_that_jumps_ahead_ends_leases_and_what_was_used_still_counts(counters):
+    limits = [tokens(1000), limit(Unit.CONCURRENT, Window.MOMENT, 2)]
+    await counters.reserve(limits, "r1", 100)
+    (lost,) = await counters.expire(NOON + 3600)
+    assert lost.call.request_id == "r1"
+    assert await counters.look(limits) == [(0, 0), (0, 0)]
+    assert await counters.settle("r1", 40) == 1
+    assert await counters.look(limits) == [(40, 0), (0, 0)]
 
 
 @story
@@ -537,129 +749,3 @@ def test_two_processes_share_one_count(valkey):
             assert await one.look([tokens(100)]) == [(50, 10)]
 
     valkey.run(told)
-
-
-QUOTA, LARGEST = 100, 40
-
-
-class ReserveAndSettle(RuleBasedStateMachine):
-    """
-    Any order of reserving, settling, repeating and letting leases end.
-
-    A model beside it knows what was really spent: in each window no more than the quota, and one
-    lone call's crossing of it, as long as calls use no more than was held and end in their lease.
-    """
-
-    valkey = None
-
-    @initialize()
-    def begin(self):
-        self.runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-        self.valkey.flush()
-        self.redis = self.valkey.client()
-        self.counters = Desk(self.redis)
-        self.now = NOON
-        self.limits = [limit(amount=1000), tokens(QUOTA), tokens(3 * QUOTA, Window.DAY)]
-        self.open = {}  # id: held, lease end, hour
-        self.settled = {}  # id: used, lease end
-        self.spent = {}  # hour: tokens
-        self.admitted = 0
-
-    def run(self, coroutine):
-        return self.runner.run(coroutine)
-
-    def hour(self):
-        return self.now // 3600
-
-    @rule(amount=st.integers(1, LARGEST))
-    def reserve(self, amount):
-        id = f"r{self.admitted}"
-        if self.run(self.counters.reserve(self.limits, id, amount, now=self.now)).taken:
-            self.admitted += 1
-            self.open[id] = (amount, self.now + LEASE, self.hour())
-
-    @precondition(lambda self: self.open)
-    @rule(data=st.data(), share=st.floats(0, 1), again=st.booleans())
-    def settle(self, data, share, again):
-        id = data.draw(st.sampled_from(sorted(self.open)))
-        held, _, hour = self.open.pop(id)
-        used = int(held * share)
-        assert self.run(self.counters.settle(id, used, now=self.now)) == 1
-        if again:
-            assert self.run(self.counters.settle(id, used, now=self.now)) == 0
-        self.settled[id] = (used, self.now + LEASE)
-        self.spent[hour] = self.spent.get(hour, 0) + used
-
-    @precondition(lambda self: self.settled)
-    @rule(data=st.data(), again=st.booleans())
-    def close(self, data, again):
-        id = data.draw(st.sampled_from(sorted(self.settled)))
-        used, _ = self.settled.pop(id)
-        assert self.run(self.counters.close(id, used, now=self.now)) == 1
-        if again:
-            assert self.run(self.counters.close(id, used, now=self.now)) == 0
-            assert self.run(self.counters.settle(id, used, now=self.now)) == 0
-
-    @precondition(lambda self: self.open)
-    @rule(data=st.data(), share=st.floats(0, 1))
-    def close_what_nobody_settled(self, data, share):
-        id = data.draw(st.sampled_from(sorted(self.open)))
-        held, _, hour = self.open.pop(id)
-        used = int(held * share)
-        assert self.run(self.counters.close(id, used, now=self.now)) == 1
-        self.spent[hour] = self.spent.get(hour, 0) + used
-
-    @precondition(lambda self: self.open)
-    @rule(data=st.data())
-    def ask_again(self, data):
-        id = data.draw(st.sampled_from(sorted(self.open)))
-        again = self.run(self.counters.reserve(self.limits, id, 7, now=self.now))
-        assert (again.taken, again.held) == (True, self.open[id][0])
-
-    @rule(seconds=st.sampled_from([1, 60, LEASE, 3600]))
-    def wait(self, seconds):
-        self.now += seconds
-        lost = self.run(self.counters.expire(self.now))
-        self.run(self.counters.counters.drop(lost))
-        over = {id: None for id, call in self.open.items() if call[1] <= self.now}
-        over |= {id: used for id, (used, end) in self.settled.items() if end <= self.now}
-        assert {at.call.request_id: at.tokens for at in lost} == over
-        self.open = {id: call for id, call in self.open.items() if id not in over}
-        self.settled = {id: call for id, call in self.settled.items() if id not in over}
-
-    @invariant()
-    def no_more_is_spent_than_the_quota_and_one_crossing(self):
-        assert all(spent < QUOTA + LARGEST for spent in self.spent.values())
-
-    @invariant()
-    def the_counters_are_what_happened(self):
-        (requests, _), hour, day = self.run(self.counters.look(self.limits, now=self.now))
-        assert requests <= self.admitted
-        held = sum(held for held, _, begun in self.open.values() if begun == self.hour())
-        assert hour == (self.spent.get(self.hour(), 0), held)
-        assert day[0] == sum(self.spent.values()) or self.now >= NOON + 12 * 3600
-        assert min(*hour, *day) >= 0
-        assert self.run(self.counters.open()) == len(self.open) + len(self.settled)
-
-    def teardown(self):
-        if not hasattr(self, "runner"):
-            return
-        for id in (*self.open, *self.settled):
-            self.run(self.counters.close(id, 0, now=self.now))
-        assert self.run(self.counters.open()) == 0
-        self.run(self.counters.counters.aclose())
-        self.run(self.redis.aclose())
-        self.runner.close()
-
-
-@pytest.mark.hypothesis
-def test_any_order_of_events(valkey):
-    ReserveAndSettle.valkey = valkey
-    run_state_machine_as_test(
-        ReserveAndSettle,
-        settings=examples(
-            25,
-            stateful_step_count=30,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )

@@ -3,13 +3,13 @@
 import asyncio
 from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime
-from decimal import Decimal
 
 import pytest
 
 from parallama.counters import Call, Counters
 from parallama.errors import Unavailable
 from parallama.limits import Limit, Unit, Window
+from parallama.usage import Spent
 from ratelimit import rules
 from ratelimit.lost import Finder
 
@@ -27,6 +27,7 @@ class Ledger:
     def __init__(self) -> None:
         self.rows = {}
         self.spent = {}
+        self.charged = []
         self.away = False
 
     async def add_lost(self, records) -> int:
@@ -40,6 +41,9 @@ class Ledger:
         assert since < datetime.fromtimestamp(NOON, UTC)
         return {id: told for id, told in self.spent.items() if id in ids}
 
+    async def charge(self, call, spent):
+        self.charged.append((call.request_id, spent))
+
     async def name_of(self, user):
         return {"u": "anna"}.get(user)
 
@@ -49,7 +53,12 @@ async def finding(redis):
     async with aclosing(Counters(redis, lease=LEASE, timeout=5)) as counters:
         ledger = Ledger()
         finder = Finder(
-            counters, ledger.add_lost, ledger.spent_by, ledger.name_of, clock=lambda: finder.now
+            counters,
+            ledger.add_lost,
+            ledger.spent_by,
+            ledger.charge,
+            ledger.name_of,
+            clock=lambda: finder.now,
         )
         finder.now = NOON
         yield counters, ledger, finder
@@ -60,7 +69,7 @@ async def reserve(counters, id, user="u"):
     need = rules.Need(10, 90, 0, 5000)
     call = Call(id, user, "k", "ollama", "ollama", "/api/chat", "m", NOON)
     holds = [at.hold(need.of(at.limit.unit)) for at in met]
-    await counters.seed(user, [], [], 0)
+    await counters.begin(user, 0)
     taken = await counters.reserve(call, holds, tokens=100, least=0, now=NOON)
     return [(level.used, level.reserved) for level in taken.levels]
 
@@ -104,11 +113,40 @@ def test_one_that_has_a_row_is_charged_by_it(valkey):
     async def told(redis):
         async with finding(redis) as (counters, ledger, finder):
             await reserve(counters, "r1")
-            ledger.spent["r1"] = (42, 0.0, Decimal("0.000001"))
+            ledger.spent["r1"] = Spent(42, cost=1000)
             finder.now += LEASE
             assert await finder.look() == 0
             assert ledger.rows == {}
             assert await reserve(counters, "r2") == [(42, 100), (1000, 5000)]
+
+    valkey.run(told)
+
+
+def test_one_that_is_in_no_bucket_is_charged_by_its_row(valkey):
+    """The counters were lost and built anew before its row was stored."""
+
+    async def told(redis):
+        async with finding(redis) as (counters, ledger, finder):
+            await counters.begin("u", NOON + 5)
+            late = Call("r1", "u", "k", "ollama", "ollama", "/api/chat", "m", NOON)
+            ledger.spent["r1"] = Spent(42, 7, 1000)
+            await counters.close("u", "r1", Spent(42), began=NOON, now=NOON + 6, late=late)
+            finder.now += 6
+            assert await finder.look() == 0
+            assert (ledger.charged, ledger.rows) == ([("r1", ledger.spent["r1"])], {})
+
+    valkey.run(told)
+
+
+def test_a_lost_call_that_a_grant_paid_for_says_so(valkey):
+    async def told(redis):
+        async with finding(redis) as (counters, ledger, finder):
+            call = Call("r1", "u", "k", "ollama", "ollama", "/api/chat", "m", NOON, "tokens:g1")
+            await counters.begin("u", 0)
+            await counters.reserve(call, [], tokens=1, least=0, now=NOON)
+            finder.now += LEASE
+            assert await finder.look() == 1
+            assert ledger.rows["r1"].grants == "tokens:g1"
 
     valkey.run(told)
 

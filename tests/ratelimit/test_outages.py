@@ -22,7 +22,7 @@ async def reserve(counters: Counters, id: str):
     call = Call(id, "u", "k", "g", "openai", "/v1/chat/completions", "m", NOON)
     taken = await counters.reserve(call, [HOLD], tokens=10, least=0, now=NOON)
     if not taken.known:
-        await counters.seed("u", [], [], 0)
+        await counters.begin("u", 0)
         taken = await counters.reserve(call, [HOLD], tokens=10, least=0, now=NOON)
     return taken
 

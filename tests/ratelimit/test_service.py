@@ -7,7 +7,7 @@ import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
@@ -17,63 +17,30 @@ import grpc
 import httpx
 import openai
 import pytest
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
+from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
 from parallama import rpc
 from parallama.counters import Counters
+from parallama.db.ledger import Spending, Used
 from parallama.db.policies import Policy
 from parallama.errors import Unavailable
 from parallama.limits import Grant, Limit, Unit, Window
 from parallama.prices import Price, Prices
+from ratelimit.charging import Charging
 from ratelimit.estimate import Estimate
 from ratelimit.outage import Outage
 from ratelimit.rebuild import Rebuild
 from ratelimit.service import SHOULD_RATE_LIMIT, RateLimit
+from tests.ratelimit.calls import reserve_call, settle_call
 
 NOON = 1_700_049_600.0
-
-
-@dataclass(frozen=True)
-class Used:
-    """Sums of rows, as the ledger gives them."""
-
-    gateway: str
-    model_name: str | None
-    key_id: str | None
-    requests: int
-    tokens: int
-    compute_ms: float
-    cost: Decimal
 
 
 REQUESTS = Limit("*", "*", Unit.REQUESTS, Window.MINUTE, 1)
 TOKENS = Limit("*", "*", Unit.TOKENS, Window.DAY, 1000)
 ESTIMATE = partial(Estimate, bytes_per_token=4, default_max_tokens=512)
 OK, OVER = RateLimitResponse.OK, RateLimitResponse.OVER_LIMIT
-
-
-def reserve_call(id, **entries) -> RateLimitRequest:
-    known = {
-        "user": "u1", "gateway": "openai", "dialect": "openai", "model": "smollm2",
-        "endpoint": "/v1/chat/completions", "max_tokens": "100", "body_bytes": "400",
-    }  # fmt: skip
-    return call({**known, "request_id": id, **entries})
-
-
-def settle_call(id, used, **entries) -> RateLimitRequest:
-    known = {"user": "u1", "gateway": "openai", "model": "smollm2", "reservation": id}
-    settle = call({**known, **entries})
-    settle.descriptors[0].hits_addend.value = used
-    return settle
-
-
-def call(entries) -> RateLimitRequest:
-    request = RateLimitRequest(domain="parallama")
-    descriptor = request.descriptors.add()
-    for key, value in entries.items():
-        descriptor.entries.add(key=key, value=value)
-    return request
 
 
 class Gateway:
@@ -87,7 +54,8 @@ class Gateway:
         self.grants: tuple[Grant, ...] = ()
         self.prices: tuple[Price, ...] = ()
         self.rows: list[Used] = []
-        self.asked_since: list[float] = []
+        self.stored: tuple[str, ...] = ()
+        self.asked: list[tuple[float, float]] = []
         self.service: RateLimit
         self.outage: Outage
 
@@ -99,12 +67,10 @@ class Gateway:
     async def prices_of(self) -> tuple[Price, ...]:
         return self.prices
 
-    async def used_since(self, user, since) -> list[Used]:
-        self.asked_since.append(since.timestamp())
-        return self.rows
-
-    async def stored_since(self, user, since) -> list[str]:
-        return ["stored"]
+    async def spending(self, user, spans, recent) -> Spending:
+        assert (recent[1] - recent[0]).total_seconds() == 3660
+        self.asked += [(start.timestamp(), end.timestamp()) for start, end in spans]
+        return Spending((tuple(self.rows),) * len(spans), self.stored)
 
     async def reserve(self, id="r1", **entries) -> RateLimitResponse:
         return await self._stub.ShouldRateLimit(reserve_call(id, **entries), timeout=10)
@@ -135,14 +101,17 @@ def serve(counters, gateway, *, away="deny", hard=False, processes=1) -> RateLim
     gateway.outage = Outage(
         {"openai": away, "ollama": "deny"}, processes=processes, monotonic=lambda: gateway.monotonic
     )
+    clock = lambda: gateway.now  # noqa: E731
+    rebuild = Rebuild(counters, gateway.spending)
     gateway.service = RateLimit(
         counters,
         gateway,
-        clock=lambda: gateway.now,
+        clock=clock,
         zone=UTC,
         estimate=ESTIMATE(),
         prices=Prices(gateway.prices_of),
-        rebuild=Rebuild(counters, gateway.used_since, gateway.stored_since),
+        rebuild=rebuild,
+        charging=Charging(counters, gateway, rebuild, clock=clock, zone=UTC),
         outage=gateway.outage,
         hard=hard,
     )
@@ -391,16 +360,19 @@ def test_counters_that_were_lost_are_rebuilt_from_the_rows(own_valkey):
             gateway.limits = (TOKENS, Limit("*", "*", Unit.REQUESTS, Window.MONTH, 50))
             await gateway.reserve("running")
             own_valkey.flush()
+            gateway.asked.clear()
             gateway.rows = [
-                Used("openai", "smollm2", "k1", 7, 300, 0.0, Decimal(0)),
-                Used("ollama", None, None, 1, 11, 0.0, Decimal(0)),
+                Used("openai", "smollm2", "k1", None, 7, 300, 0.0, Decimal(0)),
+                Used("ollama", None, None, None, 1, 11, 0.0, Decimal(0)),
             ]
+            gateway.stored = ("stored",)
             answers = await asyncio.gather(*(gateway.reserve(f"r{i}") for i in range(4)))
             left = {headers(answer)["x-ratelimit-remaining-tokens"] for answer in answers}
             assert sum(answer.overall_code == OK for answer in answers) == 3
             assert min(map(int, left)) == 1000 - 311 - 600
-            month_began = datetime(2023, 11, 1, tzinfo=UTC).timestamp()
-            assert set(gateway.asked_since) == {NOON - 12 * 3600, month_began}
+            month = [datetime(2023, at, 1, tzinfo=UTC).timestamp() for at in (11, 12)]
+            day = (NOON - 12 * 3600, NOON + 12 * 3600)
+            assert sorted(gateway.asked) == [tuple(month), day]  # once for all
             await gateway.settle("running", 40)
             await gateway.settle("stored", 500)
             await gateway.settle("r0", 0)
@@ -409,6 +381,64 @@ def test_counters_that_were_lost_are_rebuilt_from_the_rows(own_valkey):
             assert headers(answer)["x-ratelimit-remaining-requests"] == str(50 - 8 - 3 - 1 - 1)
 
     own_valkey.run(told)
+
+
+def test_what_was_spent_of_a_grant_is_rebuilt_too(own_valkey):
+    """The rows say what a grant paid for: that is in its count, and in no limit's of its unit."""
+
+    async def told(redis):
+        async with serving(redis) as gateway:
+            gateway.limits = (
+                Limit("*", "*", Unit.TOKENS, Window.MINUTE, 250),
+                Limit("*", "*", Unit.TOKENS, Window.MONTH, 5000),
+                Limit("*", "*", Unit.REQUESTS, Window.DAY, 9),
+            )
+            gateway.grants = (
+                Grant("g1", "*", "*", Unit.TOKENS, 300, NOON - 9, NOON + 9000),
+                Grant("g2", "*", "*", Unit.TOKENS, 700, NOON - 9, NOON + 90_000),
+                Grant("over", "*", "*", Unit.TOKENS, 10**6, NOON - 90, NOON - 9),
+            )
+            own_valkey.flush()
+            gateway.rows = [
+                Used("openai", "smollm2", None, None, 2, 260, 0.0, Decimal(0)),
+                Used("openai", "smollm2", None, "tokens:g1", 3, 300, 0.0, Decimal(0)),
+                Used("openai", "smollm2", None, "tokens:g2,requests:gone", 1, 450, 0.0, Decimal(0)),
+            ]
+            answer = await gateway.reserve("r1")  # 200, for which g1 has no room, and g2 has
+            facts = dict(answer.dynamic_metadata)
+            assert (facts["grants"], facts["tokens_left"]) == ("tokens:g2", 700 - 450 - 200)
+            assert headers(answer)["x-ratelimit-remaining-requests"] == str(9 - 5 - 1)
+            assert (await gateway.reserve("r2")).overall_code == OVER
+            gateway.grants = ()
+            gateway.now = NOON + 60
+            answer = await gateway.reserve("r3")
+            gateway.limits = gateway.limits[1:2]
+            answer = await gateway.reserve("r4")
+            left = headers(answer)["x-ratelimit-remaining-tokens"]
+            assert left == str(5000 - 260 - 400)
+
+    own_valkey.run(told)
+
+
+def test_a_new_limit_counts_what_was_used_in_its_window_before(valkey):
+    """Also of a user who has been known for long."""
+
+    async def told(redis):
+        async with serving(redis) as gateway:
+            gateway.limits = (REQUESTS,)
+            gateway.now = NOON - 86400
+            await gateway.reserve("r0")
+            gateway.now = NOON
+            gateway.rows = [Used("openai", "smollm2", None, None, 7, 300, 0.0, Decimal(0))]
+            new = replace(TOKENS, set_at=NOON - 5)
+            gateway.limits = (new,)
+            answer = await gateway.reserve("r1")
+            assert headers(answer)["x-ratelimit-remaining-tokens"] == str(1000 - 300 - 200)
+            assert len(gateway.asked) == 2
+            await gateway.reserve("r2")
+            assert len(gateway.asked) == 2  # it is known now
+
+    valkey.run(told)
 
 
 def test_a_grant_is_used_when_a_limit_is_full(valkey):
@@ -420,6 +450,8 @@ def test_a_grant_is_used_when_a_limit_is_full(valkey):
             assert headers(first)["x-ratelimit-limit-tokens"] == "250"
             second = await gateway.reserve("r2")
             assert headers(second)["x-ratelimit-limit-tokens"] == "300"
+            paid = [dict(answer.dynamic_metadata).get("grants") for answer in (first, second)]
+            assert paid == [None, "tokens:g1"]
             third = await gateway.reserve("r3")
             assert third.overall_code == OVER
             assert b"limit of 250 tokens per day" in third.raw_body

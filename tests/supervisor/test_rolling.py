@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sqlite3
@@ -11,13 +12,14 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import httpx
 import pytest
 from redis import Redis
 
+from parallama.supervisor.envoy_files import packaged
 from tests.e2e.gateway import Gateway, Someone, says, until
 from tests.faults.load import Load
 from tests.standin import StandIn
@@ -132,23 +134,35 @@ def open_reservations(gateway: Gateway) -> int:
 # --- under load ---
 
 
+async def _knock(gateway: Gateway) -> None:
+    """Who connects is let in, at any moment."""
+    while True:
+        _, writer = await asyncio.open_connection(*gateway.address)
+        writer.close()
+        await asyncio.sleep(0.002)
+
+
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_under_load_no_call_fails_and_each_has_its_row(
     gateway: Gateway, upstream: StandIn, name: str
 ) -> None:
     someone = gateway.someone(tokens=10**9)
-    load = Load(someone, calls=CALLS, at_once=12, seed=7)
+    load = Load([(someone, 1)], calls=CALLS, at_once=12, seed=7)
     before = gateway.child(name)
     seen_before = len(upstream.requests)
 
     async def under_load() -> Asked:
         running = asyncio.create_task(load.run())
+        knocking = asyncio.create_task(_knock(gateway))
         while load.done < 20:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         asked = Asked(gateway, name)
         await asyncio.to_thread(asked.ended)
-        assert load.done < CALLS, "it did not last as long as the restart"
+        load.enough = True
         await running
+        knocking.cancel()
+        with suppress(asyncio.CancelledError):
+            await knocking  # raises where somebody was not let in
         return asked
 
     asked = asyncio.run(under_load())
@@ -162,11 +176,12 @@ def test_under_load_no_call_fails_and_each_has_its_row(
         elif call.kind == "hang up":
             assert call.status == 200, call
     seen = upstream.requests[seen_before:]
-    assert sorted(int(at.header("x-number") or -1) for at in seen) == list(range(CALLS))
+    numbers = list(range(1, load.done + 1))
+    assert sorted(int(at.header("x-number") or -1) for at in seen) == numbers
 
-    until(lambda: len(gateway.rows_of(someone.user_id)) >= CALLS)
+    until(lambda: len(gateway.rows_of(someone.user_id)) >= load.done)
     rows = {row["request_id"]: row for row in gateway.rows_of(someone.user_id)}
-    assert len(rows) == len(gateway.rows_of(someone.user_id)) == CALLS
+    assert len(rows) == len(gateway.rows_of(someone.user_id)) == load.done
     told = {call.number: call for call in load.told}
     for at in seen:
         if told[int(at.header("x-number") or -1)].kind in ("json", "sse", "ndjson"):
@@ -321,6 +336,104 @@ def test_an_envoy_that_does_not_start_leaves_the_old_one(
     assert Asked(gateway, "envoy").ended().ok
     assert gateway.child("envoy") != old
     assert works(someone)
+
+
+def _misspelt(envoy: Path) -> None:
+    text = (envoy / "envoy.yaml").read_text()
+    (envoy / "envoy.yaml").write_text(text.replace("failure_mode_allow", "failure_mode_allowx"))
+
+
+def _without_authz(envoy: Path) -> None:
+    """It takes this, and is never well."""
+    text = (envoy / "envoy.yaml").read_text()
+    (envoy / "envoy.yaml").write_text(text.replace("path: run/authz.sock", "path: run/nobody.sock"))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [(_misspelt, "Envoy refuses its files"), (_without_authz, "does not find authz and ratelimit")],
+)
+def test_envoy_files_that_are_no_good_leave_everything_as_it_was(
+    gateway: Gateway,
+    someone: Someone,
+    upstream: StandIn,
+    tmp_path: Path,
+    change: Callable[[Path], None],
+    why: str,
+) -> None:
+    envoy, config = tmp_path / "envoy", gateway.config.source
+    shutil.copytree(packaged(), envoy)
+    change(envoy)
+    before, text = [gateway.child(name) for name in EVERYTHING], config.read_text()
+    config.write_text(f"{text}\nenvoy: {{dir: {envoy}}}\n")
+    try:
+        with streaming(someone, f"as it was: {why}") as answer:
+            asked = Asked(gateway).ended()
+            upstream.release(f"as it was: {why}")
+            assert answer.read().endswith(b"data: [DONE]\n\n")
+    finally:
+        config.write_text(text)
+    assert (asked.ok, asked.done) == (False, [])
+    assert why in (asked.error or "")
+    assert [gateway.child(name) for name in EVERYTHING] == before
+    assert works(someone)
+
+
+def test_an_envoy_that_took_over_and_failed_leaves_the_files_of_the_old_one(
+    gateway: Gateway, someone: Someone
+) -> None:
+    """So the old one, which has to start anew then, starts as it was."""
+    placed = gateway.config.state_dir / "envoy"
+    before = {path.name: path.read_bytes() for path in placed.glob("*.yaml")}
+    known, old = set(gateway.processes()), gateway.child("envoy")
+    asked = Asked(gateway, "envoy")
+
+    def coming() -> int | None:
+        """The new one: it says which epoch it is."""
+        for pid in set(gateway.processes()) - known:
+            with suppress(OSError):
+                if b"--restart-epoch" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return pid
+        return None
+
+    os.kill(until(coming) or 0, signal.SIGKILL)
+    asked.ended()
+    assert not asked.ok
+    assert "envoy does not start (SIGKILL)" in (asked.error or "")
+    if "starts anew" in (asked.error or ""):
+        until(lambda: gateway.child("envoy") != old)
+    assert {path.name: path.read_bytes() for path in placed.glob("*.yaml")} == before
+    until(lambda: works(someone))
+    assert Asked(gateway, "envoy").ended().ok
+    assert works(someone)
+
+
+@pytest.mark.parametrize("name", EVERYTHING[:3])
+def test_a_service_that_has_died_is_replaced_too(
+    gateway: Gateway, someone: Someone, name: str
+) -> None:
+    killed = gateway.child(name)
+    os.kill(killed, signal.SIGKILL)
+    assert Asked(gateway, name).ended().ok
+    assert gateway.child(name) != killed
+    assert works(someone)
+
+
+def test_a_service_that_is_back_from_the_dead_would_have_waited_for_the_database(
+    gateway: Gateway,
+) -> None:
+    """The first start and each restart want it at once, so that mistakes are told to who asked."""
+
+    def waits() -> bool:
+        argv = Path(f"/proc/{gateway.child('authz')}/cmdline").read_text().split("\0")
+        return "--no-wait" not in argv
+
+    assert Asked(gateway, "authz").ended().ok
+    assert not waits()
+    killed = gateway.child("authz")
+    os.kill(killed, signal.SIGKILL)
+    until(lambda: gateway.child("authz") != killed)
+    assert waits()
 
 
 def test_one_restart_at_a_time(gateway: Gateway, someone: Someone, upstream: StandIn) -> None:

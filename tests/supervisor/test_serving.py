@@ -107,6 +107,11 @@ def test_what_is_secret_is_for_the_owner_alone(gateway: Gateway) -> None:
     assert {path: stat.S_IMODE(path.stat().st_mode) for path in modes} == modes
 
 
+def test_it_has_one_thread_so_that_its_death_is_told_once(gateway: Gateway) -> None:
+    """The kernel tells children of each thread's. A second SIGTERM cuts Envoy short."""
+    assert len(list(Path(f"/proc/{gateway.process.pid}/task").iterdir())) == 1
+
+
 def test_a_second_up_on_the_same_folder_is_refused(gateway: Gateway) -> None:
     said = refused(gateway.config.source)
     assert f"another `parallama up` (process {gateway.process.pid}) runs on" in said

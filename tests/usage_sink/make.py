@@ -42,6 +42,7 @@ def an_entry(
     who: dict[str, Any] | None = WHO,
     lua: dict[str, Any] | None = STREAM,
     limits: dict[str, Any] | None = None,
+    text: dict[str, Any] | None = None,
     status: int = 200,
     flags: tuple[str, ...] = (),
     details: str = "via_upstream",
@@ -68,7 +69,7 @@ def an_entry(
             setattr(common.response_flags, flag, True)
         else:
             field.SetInParent()
-    for namespace, facts in ((c.AUTHZ, who), (c.LUA, lua), (c.RATELIMIT, limits)):
+    for namespace, facts in ((c.AUTHZ, who), (c.LUA, lua), (c.RATELIMIT, limits), (c.TEXT, text)):
         if facts is not None:
             common.metadata.filter_metadata[namespace].update(facts)
     entry.request.request_id = request_id

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import struct
 import tempfile
+from base64 import b64encode
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from parallama.db.manage.schema import upgrade
 from parallama.usage import UsageRecord
 from tests.parallama.db_on_disk import settings
 from tests.usage_sink.make import STREAM, an_entry
+from usage_sink.counting import Counting
 from usage_sink.service import STREAM as METHOD
 from usage_sink.service import UsageSink
 from usage_sink.storing import Storing
@@ -61,6 +63,7 @@ def stored_after(
     through: Callable[[Add], Add] = lambda add: add,
     queue_rows: int = 1000,
     log_requests: bool = False,
+    counting: Counting | None = None,
 ) -> list[tuple[str, str]]:
     """The rows by request id, with their user names, once the sink has left."""
 
@@ -76,7 +79,7 @@ def stored_after(
                 queue_rows=queue_rows,
             )
             async with writing(writer, deadline=10):
-                sink = UsageSink(writer, log_requests=log_requests)
+                sink = UsageSink(writer, log_requests=log_requests, counting=counting)
                 server = rpc.Server({}, {METHOD: sink.stream_access_logs})
                 await server.start(path)
                 try:
@@ -196,6 +199,71 @@ def test_a_slow_database_holds_envoy_back_and_loses_nothing() -> None:
 
     stored = stored_after(story, through=slow, queue_rows=10)
     assert [id for id, _ in stored] == ids(300)
+
+
+# Text that is to be counted.
+
+SECRET = "what nobody else may read"
+TEXT = {c.PROMPT: b64encode(SECRET.encode() * 99).decode(), "1": b64encode(b"yes").decode()}
+COUNTED = {**STREAM, c.USAGE_SOURCE: "counted"}
+
+
+@pytest.mark.parametrize("does", [len, None], ids=["counts", "fails"])
+def test_text_is_counted_and_leaves_no_trace(
+    does: Callable[[str], int] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    batches: list[UsageRecord] = []
+
+    def noted(add: Add) -> Add:
+        async def after(records: Sequence[UsageRecord]) -> Added:
+            batches.extend(records)
+            return await add(records)
+
+        return after
+
+    def count(text: str) -> int:
+        if does is None:
+            raise ValueError(text)
+        return does(text)
+
+    async def story(sink: Sink) -> None:
+        await sink.send(
+            entries(
+                an_entry("r1", lua=COUNTED, text=TEXT),
+                an_entry("r2"),
+                an_entry("r3", text=TEXT),
+            )
+        )
+
+    stored = stored_after(story, through=noted, log_requests=True, counting=Counting(count))
+    assert [id for id, _ in stored] == ["r1", "r2", "r3"]
+    wanted = (31, "counted") if does is None else (99 * len(SECRET) + 3, "estimated")
+    told = {at.request_id: (at.tokens_used, at.token_source) for at in batches}
+    assert told == {"r1": wanted, "r2": (31, "reported"), "r3": (31, "reported")}
+    (line,) = (at for at in lines(caplog) if at["request_id"] == "r1")
+    assert line["source"] == wanted[1]
+    for trace in (caplog.text, repr([vars(at) for at in caplog.records]), repr(batches)):
+        assert SECRET not in trace
+
+
+def test_without_counting_text_is_nothing() -> None:
+    async def story(sink: Sink) -> None:
+        await sink.send(entries(an_entry("r1", lua=COUNTED, text=TEXT)))
+
+    assert [id for id, _ in stored_after(story)] == ["r1"]
+
+
+def test_the_largest_text_fits_into_a_message() -> None:
+    """Both ways to the bound that Lua keeps, in as many entries as Envoy puts into one message."""
+    most = b64encode(b"x" * 65536).decode()
+    pieces = {str(n): b64encode(b"x" * 1024).decode() for n in range(1, 65)}
+
+    async def story(sink: Sink) -> None:
+        text = {c.PROMPT: most, **pieces}
+        await sink.send(entries(*(an_entry(id, lua=COUNTED, text=text) for id in ids(10))))
+
+    assert len(stored_after(story, counting=Counting(len))) == 10
 
 
 # What Envoy's own connection looks like at the end of its life, in bytes.

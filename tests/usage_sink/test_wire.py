@@ -1,5 +1,6 @@
 """What an entry of Envoy's log means as a row: every field, and the odd endings of requests."""
 
+from base64 import b64encode
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,6 +11,7 @@ from parallama import contract as c
 from parallama.usage import UsageRecord
 from tests.usage_sink.make import START, STREAM, WHO, an_entry
 from usage_sink import wire
+from usage_sink.counting import Text
 
 
 def row(entry: pb.HTTPAccessLogEntry) -> UsageRecord:
@@ -331,3 +333,60 @@ def test_what_lua_left_out_because_it_cannot_be_is_marked() -> None:
 @pytest.mark.parametrize(("number", "ms"), [(float("nan"), None), (-1.0, 0), (1e300, 1e9)])
 def test_time_that_a_model_cannot_have_worked(number: float, ms: float | None) -> None:
     assert row(an_entry(lua={**STREAM, c.COMPUTE_MS: number})).compute_ms == ms
+
+
+def test_what_grants_paid_for_is_in_the_row() -> None:
+    assert row(an_entry(limits={c.GRANTS: "tokens:g1"})).grants == "tokens:g1"
+    assert row(an_entry(limits={c.GRANTED: 5})).grants is None
+
+
+# Text that is to be counted.
+
+
+def packed(text: str | bytes) -> str:
+    return b64encode(text if isinstance(text, bytes) else text.encode()).decode()
+
+
+COUNTED = {**STREAM, c.USAGE_SOURCE: "counted"}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ({c.PROMPT: packed("one"), "1": packed("two")}, Text(b"one", b"two")),
+        ({c.PROMPT: packed("one")}, Text(b"one", None)),
+        ({"1": packed("a"), "2": packed("b"), "10": packed("z")}, Text(None, b"ab")),
+        ({str(n): packed(f"{n},") for n in (1, 2, 3)}, Text(None, b"1,2,3,")),
+        (
+            {c.PROMPT: packed("a"), c.PROMPT_MORE: 7, "1": packed("b"), c.ANSWER_MORE: 9.0},
+            Text(b"a", b"b", 7, 9),
+        ),
+        ({c.PROMPT: packed(b"\xff\x00")}, Text(b"\xff\x00", None)),
+        ({c.PROMPT: False, "1": False}, None),
+        ({c.PROMPT: False, "1": packed("a")}, Text(None, b"a")),
+        ({}, None),
+        (None, None),
+        ({c.PROMPT: "no base64!", "1": packed("a")}, Text(b"", b"a")),
+        ({c.PROMPT: "\u00e9", c.PROMPT_MORE: float("nan"), c.ANSWER_MORE: 1e300}, Text(b"", None)),
+        ({c.PROMPT: 7, "1": [1], c.PROMPT_MORE: "x"}, None),
+    ],
+)
+def test_text_is_unpacked(text: dict[str, Any] | None, found: Text | None) -> None:
+    assert wire.text_of(an_entry(lua=COUNTED, text=text)) == found
+
+
+@pytest.mark.parametrize(
+    ("lua", "counts"),
+    [
+        (COUNTED, True),
+        ({**STREAM, c.USAGE_SOURCE: "estimated"}, True),
+        (STREAM, False),  # reported
+        ({c.TOTAL_TOKENS: 0}, False),  # no answer began
+        (None, False),
+    ],
+)
+def test_text_counts_where_there_is_an_answer_and_no_report(
+    lua: dict[str, Any] | None, counts: bool
+) -> None:
+    text = {c.PROMPT: packed("one"), "1": packed("two")}
+    assert (wire.text_of(an_entry(lua=lua, text=text)) is not None) == counts

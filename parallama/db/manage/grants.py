@@ -79,12 +79,20 @@ async def grant(
         return await _find(connection, id)
 
 
-async def list_grants(engine: AsyncEngine, who: str | None = None) -> list[Granted]:
-    """Every grant, or those of one user, also those that are over; what ends first comes first."""
+async def list_grants(
+    engine: AsyncEngine, who: str | None = None, *, after: datetime | None = None
+) -> list[Granted]:
+    """
+    Every grant, or those of one user; what ends first comes first.
+
+    Those that are over stay: usage rows name them. With `after` only those that end later.
+    """
     async with reading(engine) as connection:
         query = _GRANTS.order_by(users.c.username, table.c.expires_at, table.c.id)
         if who is not None:
             query = query.where(users.c.id == (await find_user(connection, who)).id)
+        if after is not None:
+            query = query.where(table.c.expires_at > after)
         return [_granted(row) for row in await connection.execute(query)]
 
 

@@ -178,6 +178,12 @@ async def list_limits(engine: AsyncEngine, whose: str | None = None) -> list[Pol
         )
 
 
+async def user_of(engine: AsyncEngine, whose: str) -> str | None:
+    """The id of the user whose this is; None for a role's."""
+    async with reading(engine) as connection:
+        return (await _find_scope(connection, whose)).user_id
+
+
 def check_gateway(gateway: str) -> None:
     if gateway not in GATEWAYS:
         raise UsageError(f"there is no gateway {gateway!r}: the gateways are {', '.join(GATEWAYS)}")

@@ -253,6 +253,7 @@ gateway_usage_logs = Table(
     Column("compute_ms", Float),
     Column("upstream_host", String(255)),
     Column("cost", Money),  # NULL: the model has no price
+    Column("grants", Text),  # NULL: limits paid for everything
     Index(None, "user_id", "timestamp"),
     # Rows that stand for lost ones: found without looking at the others.
     Index(

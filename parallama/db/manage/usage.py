@@ -1,15 +1,17 @@
 """Usage: what can be asked about it."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from decimal import Decimal
 from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import (
-    BigInteger,
     ColumnElement,
+    Dialect,
     String,
+    TypeDecorator,
     and_,
     case,
     cast,
@@ -17,13 +19,18 @@ from sqlalchemy import (
     or_,
     select,
     tuple_,
+    type_coerce,
 )
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
 
 from parallama.db.ledger import COLUMNS
 from parallama.db.manage.engine import reading
 from parallama.db.manage.people import find_user
 from parallama.db.manage.tables import gateway_usage_logs as table
+from parallama.db.sums import exact_sum, from_parts, money_from_parts
 from parallama.errors import NotFound
 from parallama.usage import UsageRecord
 
@@ -44,9 +51,46 @@ BY: Mapping[str, Mapping[str, ColumnElement[Any]]] = MappingProxyType(
 _UNPRICED = and_(table.c.cost.is_(None), table.c.tokens_used > 0)
 
 
+class _ExactSum(FunctionElement[Any]):
+    """`exact_sum` of one column."""
+
+    inherit_cache = True
+
+
+@compiles(_ExactSum)
+def _in_sql(element: _ExactSum, compiler: SQLCompiler, **options: Any) -> str:
+    (column,) = element.clauses
+    # Twice for SQLite, so what stands there must not be a parameter that is given once.
+    text = compiler.process(column, literal_binds=True, **options)
+    return exact_sum(text, compiler.dialect.name)  # type: ignore[arg-type]
+
+
+class _Count(TypeDecorator[int]):
+    """A whole number, 0 where nothing was added up."""
+
+    impl = String
+    cache_ok = True
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], int]:
+        if dialect.name == "sqlite":
+            return lambda told: 0 if told is None else from_parts(told)
+        return lambda told: 0 if told is None else int(told)
+
+
+class _Cost(TypeDecorator[Decimal]):
+    """Money, None where nothing was added up."""
+
+    impl = String
+    cache_ok = True
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any]:
+        if dialect.name == "sqlite":
+            return lambda told: None if told is None else money_from_parts(told)
+        return lambda told: told
+
+
 def _sum(numbers: ColumnElement[Any]) -> ColumnElement[int]:
-    """A whole number: PostgreSQL would make a decimal of it."""
-    return func.coalesce(cast(func.sum(numbers), BigInteger), 0)
+    return type_coerce(_ExactSum(numbers), _Count())
 
 
 _SUMS: Mapping[str, ColumnElement[Any]] = MappingProxyType(
@@ -58,7 +102,7 @@ _SUMS: Mapping[str, ColumnElement[Any]] = MappingProxyType(
         "completion_tokens": _sum(table.c.completion_tokens),
         "tokens_used": _sum(table.c.tokens_used),
         # None where nothing has a cost, and next to it how much this leaves out.
-        "cost": func.sum(table.c.cost),
+        "cost": type_coerce(_ExactSum(table.c.cost), _Cost()),
         "without_cost": _sum(case((_UNPRICED, 1), else_=0)),
     }
 )

@@ -82,6 +82,7 @@ def upgrade() -> None:
         _make_usage_anew()
     else:
         op.add_column("gateway_usage_logs", sa.Column("cost", Money))
+        op.add_column("gateway_usage_logs", sa.Column("grants", sa.Text))
     op.create_index(
         "ix_gateway_usage_logs_unknown",
         "gateway_usage_logs",
@@ -123,6 +124,7 @@ def _make_usage_anew() -> None:
         sa.Column("compute_ms", sa.Float),
         sa.Column("upstream_host", sa.String(255)),
         sa.Column("cost", Money),
+        sa.Column("grants", sa.Text),
         sa.PrimaryKeyConstraint("id", "timestamp", name="pk_gateway_usage_logs"),
         sa.UniqueConstraint(
             "request_id", "timestamp", name="uq_gateway_usage_logs_request_id_timestamp"
