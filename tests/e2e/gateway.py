@@ -34,7 +34,7 @@ T = TypeVar("T")
 Json = dict[str, Any]
 
 PARALLAMA = Path(sys.executable).with_name("parallama")
-PATIENCE = 10.0
+PATIENCE = 30.0
 PROMPT = "a prompt that nobody else may read"
 
 CHAT = {"model": "smollm2", "messages": [{"role": "user", "content": PROMPT}]}

@@ -111,7 +111,7 @@ def streaming(someone: Someone, gate: str) -> Iterator[httpx.Response]:
     headers = {**someone.headers, **says(tokens=5, hold_at=2, gate=gate)}
     url = f"{someone.gateway.url}/v1/chat/completions"
     with (
-        httpx.Client(trust_env=False, timeout=10) as client,
+        httpx.Client(trust_env=False, timeout=60) as client,
         client.stream("POST", url, json=CHAT, headers=headers) as answer,
     ):
         someone.gateway.upstream.wait(lambda seen: seen.held)
