@@ -1,12 +1,14 @@
 # Everything a developer or a first-time user needs. `make help` lists it.
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lint format fuzz faults bench bench-sink bench-decisions lock clean
+.PHONY: help setup run test check lint format fuzz fuzz-check fuzz-admin openapi faults bench bench-sink bench-decisions wasm bench-identity lock clean
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STATE ?= .parallama
 FUZZ ?= 100
+EXAMPLES ?= 200
+SECONDS ?= 60
 STAMP := $(VENV)/.installed
 
 help: ## this list
@@ -52,8 +54,23 @@ bench-sink: setup ## rows a second into PostgreSQL and SQLite, and what a row co
 bench-decisions: setup ## decisions of ratelimit by the number of users
 	$(BIN)/python -m bench.decisions
 
+bench-identity: setup ## what it costs authz to know who calls, by the number of keys
+	$(BIN)/python -m bench.identity
+
+wasm: setup ## make envoy/wasm/streams.wasm from streams.wat
+	$(BIN)/python -c 'import pathlib, wasmtime; at = pathlib.Path("envoy/wasm/streams"); at.with_suffix(".wasm").write_bytes(wasmtime.wat2wasm(at.with_suffix(".wat").read_text()))'
+
 fuzz: setup ## property tests with FUZZ=100 times as many examples, others each time
 	FUZZ=$(FUZZ) $(BIN)/python -m pytest -m hypothesis
+
+fuzz-check: setup ## questions to authz that went wrong on the way, for SECONDS=60
+	$(BIN)/python -m tests.fuzz_check --seconds $(SECONDS)
+
+fuzz-admin: setup ## the running admin API against docs/openapi.json, EXAMPLES=200 of each endpoint
+	$(BIN)/python -m tests.admin.fuzz --examples $(EXAMPLES)
+
+openapi: setup ## write docs/openapi.json anew
+	$(BIN)/python -m parallama.admin.openapi docs/openapi.json
 
 faults: setup ## kill everything under load, one after the other, and compare the books
 	$(BIN)/python -m tests.faults

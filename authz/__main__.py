@@ -2,52 +2,97 @@
 
 import asyncio
 import time
+from contextlib import aclosing
 from functools import partial
 
+from authz.bearers import Bearers
+from authz.issuers import trusted
 from authz.keyring import Keyring
 from authz.service import CHECK, Authz
+from authz.signed import SEEN, Signatures
+from authz.streams import JUDGE, Streams
 from parallama import changes, daemon, rpc
+from parallama.changes import Change
 from parallama.clock import system_clock
 from parallama.config import Config
 from parallama.db.accounts import find_key
+from parallama.endpoints import ADMIN
+from parallama.pipeline import Pipeline
 from parallama.presence import LOOK_SECONDS, Presence, opened
 from parallama.stores import connect_redis, socket_path
 
 
 async def main(config: Config, wait: bool) -> None:
-    async with opened(config.database) as db, connect_redis(config) as redis:
-        keyring = Keyring(partial(find_key, db), size=config.authentication.key_cache_size)
+    told = config.authentication
+    async with (
+        opened(config.database) as db,
+        connect_redis(config) as signals,
+        connect_redis(config) as redis,
+        aclosing(Pipeline(redis, SEEN, timeout=config.redis.timeout_seconds)) as memory,
+    ):
+        find = partial(find_key, db, roles=config.known_roles)
+        issuers = trusted(
+            config, db, clock=system_clock, on_withdrawn=lambda name: keyring.forget_tokens_of(name)
+        )
+        bearers = Bearers(
+            issuers, size=told.key_cache_size, skew=told.clock_skew_seconds, clock=system_clock
+        )
+        keyring = Keyring(find, bearers, size=told.key_cache_size)
+        signatures = Signatures(
+            find,
+            memory,
+            window=told.signature_window_seconds,
+            size=told.key_cache_size,
+            clock=system_clock,
+        )
+        streams = Streams(db, size=told.key_cache_size)
+        remembering = (keyring, signatures, streams)
+
+        def on_change(change: Change) -> None:
+            for each in remembering:
+                each.on_change(change)
+
+        def on_lost() -> None:
+            for each in remembering:
+                each.pause()
+
+        def on_found() -> None:
+            for each in remembering:
+                each.resume()
+
+        def forget_all() -> None:
+            on_change(Change("everything"))
+
         presence = Presence(
             db,
             monotonic=time.monotonic,
-            patience=config.authentication.without_database_seconds,
-            too_long=keyring.forget_all,
+            patience=told.without_database_seconds,
+            too_long=forget_all,
         )
         await presence.begin(wait=wait)
-        gateways = config.api_gateways
         service = Authz(
             keyring,
-            gateways=gateways.enabled,
-            text_counted=gateways.text_counted,
+            signatures,
+            gateways=[*config.api_gateways.enabled, *[ADMIN] * config.admin.enabled],
+            text_counted=config.api_gateways.text_counted,
             clock=system_clock,
         )
         async with asyncio.TaskGroup() as tasks:
             background = [
                 tasks.create_task(
-                    changes.watch(
-                        redis,
-                        on_change=keyring.on_change,
-                        on_lost=keyring.pause,
-                        on_found=keyring.resume,
-                    ),
+                    changes.watch(signals, on_change=on_change, on_lost=on_lost, on_found=on_found),
                     name="change signal",
                 ),
                 tasks.create_task(
                     presence.watch(partial(asyncio.sleep, LOOK_SECONDS)), name="database"
                 ),
+                *(
+                    tasks.create_task(issuer.keys.run(), name="keys of an issuer")
+                    for issuer in issuers.values()
+                ),
             ]
             await daemon.run_until_stopped(
-                rpc.Server({CHECK: service.check}, well=presence.lately),
+                rpc.Server({CHECK: service.check, JUDGE: streams.judge}, well=presence.lately),
                 listen=socket_path(config.run_dir / "authz.sock"),
                 grace=config.shutdown.drain_seconds,
             )

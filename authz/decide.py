@@ -2,20 +2,32 @@
 
 import ipaddress
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from parallama.db.accounts import KeyRecord
+from authz import jws
+from authz.watched import watch_word
+from parallama import identity
+from parallama.db.accounts import Credential
 from parallama.dialects import OLLAMA
-from parallama.roles import (
+from parallama.endpoints import (
+    ADMIN,
+    ADMIN_API,
     ONE_MODEL,
     Action,
     Endpoint,
     find_endpoint,
     knows_path,
-    may,
     model_allowed,
 )
+from parallama.roles import permits, within
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """A header `authorization` of the form in which the `ollama` command signs requests."""
+
+    text: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +40,10 @@ class Asked:
     gateway: str
     dialect: str
     address: str
-    credentials: tuple[str, ...]
-    """Every API key that was sent, by whatever header; a header of another form is ''."""
+    credentials: tuple[str | Signature, ...]
+    """Every credential that was sent, by whatever header; a header of another form is ''."""
+    request_id: str = ""
+    """The same where Envoy asks again, another for every other request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,33 +62,56 @@ class Caller:
     user: str
     username: str
     key: str
+    """Empty where it is none: a token."""
     role: str
     gateway: str
     dialect: str
     endpoint: str
+    known_at: float = 0.0
+    """When the database was asked about the credential; seconds since the epoch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Allow:
-    """`models`: all that the key may use, or None where it may use every one."""
+    """
+    `models`: all that the key may use, or None where it may use every one. `signed`: the request
+    carries a signature, whose time stamp is no concern of the upstream. `headers` tell the admin
+    API who calls.
+    """
 
     caller: Caller
     endpoint: Endpoint
     models: tuple[str, ...] | None
+    signed: bool = False
+    headers: tuple[tuple[str, str], ...] = ()
+    watch: str = ""
+    """What is asked as long as the answer runs: see `authz.watched`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Deny:
-    """`caller` is known where the key was good, so that the refusal becomes a usage row."""
+    """
+    `caller` is known where the key was good, so that the refusal becomes a usage row; `rule` is
+    what stood in the way then, in a word.
+    """
 
     status: int
     code: str
     message: str
     caller: Caller | None = None
+    rule: str = ""
 
 
 HOW_TO = "send your key as 'Authorization: Bearer plm_...'"
 UNKNOWN_KEY = Deny(401, "invalid_api_key", f"Unknown API key: {HOW_TO}.")
+
+# One answer for whatever is wrong with a token: who guesses learns nothing.
+INVALID_TOKEN = Deny(
+    401, "invalid_token", "This access token is not accepted, or not any more: get a new one."
+)
+STRANGER = Deny(
+    403, "unknown_user", "You are not a user of this gateway: ask your administrator to add you."
+)
 
 _MISSING = Deny(401, "invalid_api_key", f"Missing API key: {HOW_TO}.")
 _CONFLICT = Deny(
@@ -85,14 +122,22 @@ _IN_QUERY = Deny(
     "invalid_api_key",
     f"An API key does not belong in the address, where it gets logged: {HOW_TO}; revoke this one.",
 )
+_TOKEN_IN_QUERY = Deny(
+    401,
+    "invalid_token",
+    "An access token does not belong in the address, where it gets logged: send it as "
+    "'Authorization: Bearer ...', and log out to revoke this one.",
+)
 _REVOKED = Deny(401, "invalid_api_key", "This API key was revoked: ask your administrator for one.")
 _EXPIRED = Deny(401, "invalid_api_key", "This API key has expired: ask your administrator for one.")
 
 
-def credential(asked: Asked) -> str | Deny:
-    """The one API key that was sent."""
+def credential(asked: Asked) -> str | Signature | Deny:
+    """The one credential that was sent."""
     if "plm_" in asked.query or "plm_" in asked.path:
         return _IN_QUERY
+    if jws.holds_one(asked.query):
+        return _TOKEN_IN_QUERY
     distinct = set(asked.credentials)
     if not distinct:
         return _MISSING
@@ -102,73 +147,118 @@ def credential(asked: Asked) -> str | Deny:
 
 
 def identify(
-    asked: Asked, key: KeyRecord | None, *, gateways: Container[str], now: float
+    asked: Asked, key: Credential, *, gateways: Container[str], now: float
 ) -> Allow | Deny:
     """
-    Judge a key whose secret was verified, or None for one that is not known.
+    Judge a key or token whose secret or signature was verified.
 
     `gateways` are those that are served; what is asked of others does not exist.
     """
-    if key is None:
-        return UNKNOWN_KEY
+    is_token = key.kind == "token"
     if key.revoked:
         return _REVOKED
     if key.expires_at is not None and key.expires_at <= now:
-        return _EXPIRED
+        return INVALID_TOKEN if is_token else _EXPIRED
+    account = key.account
     served = asked.gateway in gateways
-    endpoint = find_endpoint(asked.method, asked.path) if served else None
+    endpoint = _endpoint(asked) if served else None
     caller = Caller(
-        user=key.user_id,
-        username=key.username,
-        key=key.id,
-        role=key.role,
+        user=account.id,
+        username=account.username,
+        key="" if is_token else key.id,
+        role=account.role,
         gateway=asked.gateway,
         dialect=asked.dialect,
         endpoint=endpoint.path if endpoint else "unknown",
+        known_at=account.read_at,
     )
-    if key.user_disabled:
-        return _forbidden("This user is disabled: ask your administrator.", caller)
+    if account.disabled:
+        return _forbidden("This user is disabled: ask your administrator.", caller, "disabled")
     if key.networks is not None and not _within(asked.address, key.networks):
-        return _forbidden("This API key may not be used from your network address.", caller)
+        return _forbidden(
+            "This API key may not be used from your network address.", caller, "network"
+        )
+    if key.gateways is not None and asked.gateway not in key.gateways:
+        return _forbidden("This API key may not be used for this gateway.", caller, "gateway")
     if endpoint is None:
         return _unknown_endpoint(asked, caller, served=served)
-    if not may(key.role, endpoint.action):
-        return _forbidden(f"The role {key.role} may not do this ({endpoint.action}).", caller)
+    if endpoint is ADMIN_API:
+        return Allow(caller, endpoint, None, headers=_told(key, is_token=is_token))
+    needed = ("models", endpoint.action, asked.gateway)
+    if not permits(account.permissions, *needed):
+        return _forbidden(
+            f"The role {account.role} may not do this (models:{endpoint.action}).", caller, "role"
+        )
+    if key.scopes is not None and not permits(key.scopes, *needed):
+        what = "access token" if is_token else "API key"
+        return _forbidden(
+            f"This {what} is not for this (models:{endpoint.action}).", caller, "scope"
+        )
     if key.models is not None and endpoint.action is Action.MANAGE:
-        return _forbidden("An API key restricted to some models may not manage models.", caller)
+        return _forbidden(
+            "An API key restricted to some models may not manage models.", caller, "models"
+        )
     if key.models is not None and endpoint.path == ONE_MODEL:
         named = asked.path.removeprefix("/v1/models/")
         hidden = judge_model(ModelAsked(asked.dialect, key.models, named))
         if hidden is not None:
-            return Deny(hidden.status, hidden.code, hidden.message, caller)
-    return Allow(caller, endpoint, key.models)
+            return replace(hidden, caller=caller)
+    # What answers at once need not be watched.
+    watch = "" if endpoint.action is Action.READ else watch_word(key, asked.dialect)
+    return Allow(caller, endpoint, key.models, watch=watch)
+
+
+def _endpoint(asked: Asked) -> Endpoint | None:
+    if asked.gateway == ADMIN:
+        return ADMIN_API
+    return find_endpoint(asked.method, asked.path)
+
+
+def _told(key: Credential, *, is_token: bool) -> tuple[tuple[str, str], ...]:
+    account = key.account
+    permitted = account.permissions
+    if key.scopes is not None:
+        permitted = within(permitted, key.scopes)
+    told = identity.headers(
+        user=account.id,
+        username=account.username,
+        permissions=permitted,
+        kind="token" if is_token else "key",
+        id=key.id,
+    )
+    return tuple(told.items())
 
 
 def judge_model(asked: ModelAsked) -> Deny | None:
     """None where the model may be used. A hidden model and an unknown one look alike."""
     if asked.model is None:
-        return Deny(400, "model_required", "The request names no model: set 'model'.")
+        return Deny(400, "model_required", "The request names no model: set 'model'.", rule="model")
     if model_allowed(asked.models, asked.model):
         return None
     if asked.dialect == OLLAMA:
         return Deny(
-            404, "model_not_found", f'model "{asked.model}" not found, try pulling it first'
+            404,
+            "model_not_found",
+            f'model "{asked.model}" not found, try pulling it first',
+            rule="model",
         )
     return Deny(
         404,
         "model_not_found",
         f"The model '{asked.model}' does not exist or you do not have access to it.",
+        rule="model",
     )
 
 
-def _forbidden(message: str, caller: Caller) -> Deny:
-    return Deny(403, "permission_denied", message, caller)
+def _forbidden(message: str, caller: Caller, rule: str) -> Deny:
+    return Deny(403, "permission_denied", message, caller, rule)
 
 
 def _unknown_endpoint(asked: Asked, caller: Caller, *, served: bool) -> Deny:
     if served and knows_path(asked.path):
-        return Deny(405, "method_not_allowed", f"{asked.method} is not allowed here.", caller)
-    return Deny(404, "unknown_endpoint", "This gateway offers no such endpoint.", caller)
+        message = f"{asked.method} is not allowed here."
+        return Deny(405, "method_not_allowed", message, caller, "method")
+    return Deny(404, "unknown_endpoint", "This gateway offers no such endpoint.", caller, "path")
 
 
 def _within(address: str, networks: tuple[str, ...]) -> bool:

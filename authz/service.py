@@ -6,11 +6,21 @@ from collections.abc import Awaitable, Iterable
 from google.protobuf.message import DecodeError
 
 from authz import wire
-from authz.decide import Asked, Deny, ModelAsked, credential, identify, judge_model
+from authz.decide import (
+    Allow,
+    Asked,
+    Deny,
+    ModelAsked,
+    Signature,
+    credential,
+    identify,
+    judge_model,
+)
 from authz.keyring import Keyring
+from authz.signed import UNACCEPTED, Signatures, told
 from parallama import rpc
 from parallama.clock import Clock
-from parallama.db.accounts import KeyRecord
+from parallama.db.accounts import Credential
 from parallama.errors import Unavailable
 
 log = logging.getLogger(__name__)
@@ -29,12 +39,14 @@ class Authz:
     def __init__(
         self,
         keyring: Keyring,
+        signatures: Signatures,
         *,
         gateways: Iterable[str],
         text_counted: Iterable[str] = (),
         clock: Clock,
     ) -> None:
         self._keyring = keyring
+        self._signatures = signatures
         self._gateways = frozenset(gateways)
         self._text_counted = frozenset(text_counted)
         self._clock = clock
@@ -52,13 +64,29 @@ class Authz:
             token = credential(asked)
             if isinstance(token, Deny):
                 return self._refuse(token, asked.dialect)
-            key = self._keyring.peek(token)
-            if key is None:
+            if isinstance(token, Signature):
+                return self._check_signature(asked, token)
+            found = self._keyring.at_once(token)
+            if found is None:
                 return self._look_up(asked, token)
-            return self._identity(asked, key)
+            return self._identity(asked, found)
         except Exception:
             log.exception("check failed")
             return wire.render_deny(_BROKEN, wire.dialect_of(message))
+
+    async def _check_signature(self, asked: Asked, signature: Signature) -> bytes:
+        try:
+            key = await self._signatures.find(asked, signature)
+            if key is None:
+                return self._refuse(UNACCEPTED, asked.dialect)
+            decision = identify(asked, key, gateways=self._gateways, now=self._clock())
+            return self._answer(told(decision), asked.dialect)
+        except Unavailable as error:
+            log.warning("signatures not checked", extra={"cause": str(error)})
+            return wire.render_deny(_NO_STORE, asked.dialect)
+        except Exception:
+            log.exception("check failed")
+            return wire.render_deny(_BROKEN, asked.dialect)
 
     async def _look_up(self, asked: Asked, token: str) -> bytes:
         try:
@@ -70,10 +98,15 @@ class Authz:
             log.exception("check failed")
             return wire.render_deny(_BROKEN, asked.dialect)
 
-    def _identity(self, asked: Asked, key: KeyRecord | None) -> bytes:
-        decision = identify(asked, key, gateways=self._gateways, now=self._clock())
+    def _identity(self, asked: Asked, found: Credential | Deny) -> bytes:
+        if isinstance(found, Deny):
+            return self._refuse(found, asked.dialect)
+        decision = identify(asked, found, gateways=self._gateways, now=self._clock())
+        return self._answer(decision, asked.dialect)
+
+    def _answer(self, decision: Allow | Deny, dialect: str) -> bytes:
         if isinstance(decision, Deny):
-            return self._refuse(decision, asked.dialect)
+            return self._refuse(decision, dialect)
         count_text = decision.caller.gateway in self._text_counted
         return wire.render_allow(decision, count_text=count_text)
 

@@ -3,13 +3,15 @@
 from functools import lru_cache
 from typing import Any
 
+from envoy.config.core.v3.base_pb2 import HeaderValueOption
 from envoy.service.auth.v3 import external_auth_pb2 as pb
 from google.rpc import code_pb2
 
-from authz.decide import Allow, Asked, Caller, Deny, ModelAsked
+from authz import signed
+from authz.decide import Allow, Asked, Caller, Deny, ModelAsked, Signature
 from parallama import contract as c
-from parallama.dialects import refusal
-from parallama.roles import Action
+from parallama.dialects import content_type, refusal
+from parallama.endpoints import ADMIN, Action
 
 CheckRequest = pb.CheckRequest
 
@@ -33,6 +35,7 @@ def parse(check: pb.CheckRequest) -> Asked | ModelAsked:
         dialect=route[c.ROUTE_DIALECT],
         address=attributes.source.address.socket_address.address,
         credentials=tuple(_credentials(http.headers)),
+        request_id=http.id,
     )
 
 
@@ -54,15 +57,18 @@ def _parse_model(metadata: Any) -> ModelAsked:
     )
 
 
-def _credentials(headers: Any) -> list[str]:
-    found = []
+def _credentials(headers: Any) -> list[str | Signature]:
+    found: list[str | Signature] = []
     authorization = headers.get("authorization")
     if authorization is not None:
         scheme, _, token = authorization.partition(" ")
-        found.append(token.strip() if scheme.lower() == "bearer" else "")
+        if scheme.lower() == "bearer":
+            found.append(token.strip(" "))
+        else:  # a signature names no scheme
+            found.append(Signature(scheme) if ":" in scheme and not token else "")
     for name in ("x-api-key", "api-key"):
         if name in headers:
-            found.append(headers[name].strip())
+            found.append(headers[name].strip(" "))
     return found
 
 
@@ -71,10 +77,15 @@ def render_allow(allow: Allow, *, count_text: bool = False) -> bytes:
     """The serialised answer; the same for every call of one key to one endpoint, so it is kept."""
     response = pb.CheckResponse()
     response.ok_response.SetInParent()
-    told = _metadata(allow.caller) | _instructions(allow)
-    if count_text and c.METERED in told:
-        told[c.COUNT_TEXT] = True
-    response.dynamic_metadata.update(told)
+    if allow.signed:
+        response.ok_response.query_parameters_to_remove.append(signed.STAMP)
+    for name, value in allow.headers:
+        _add_header(response.ok_response, name, value)
+    if not _is_admin(allow.caller):  # what has a user in its metadata becomes a usage row
+        told = _metadata(allow.caller) | _instructions(allow)
+        if count_text and c.METERED in told:
+            told[c.COUNT_TEXT] = True
+        response.dynamic_metadata.update(told)
     return bytes(response.SerializeToString())
 
 
@@ -84,11 +95,13 @@ def render_deny(deny: Deny, dialect: str) -> bytes:
     denied = response.denied_response
     denied.status.code = deny.status
     denied.body = refusal(dialect, deny.status, deny.code, deny.message).decode()
-    _add_header(denied, "content-type", "application/json")
+    _add_header(denied, "content-type", content_type(dialect))
     if deny.status == 401:
         _add_header(denied, "www-authenticate", 'Bearer realm="parallama"')
-    if deny.caller is not None:
+    if deny.caller is not None and not _is_admin(deny.caller):
         response.dynamic_metadata.update(_metadata(deny.caller))
+    if deny.rule:
+        response.dynamic_metadata[c.RULE] = deny.rule
     return bytes(response.SerializeToString())
 
 
@@ -97,16 +110,21 @@ MODEL_ALLOWED = bytes(
 )  # says nothing: what the first answer set stays
 
 
+def _is_admin(caller: Caller) -> bool:
+    return caller.gateway == ADMIN
+
+
 def _metadata(caller: Caller) -> dict[str, Any]:
-    return {
+    told = {
         c.USER: caller.user,
         c.USERNAME: caller.username,
-        c.KEY: caller.key,
         c.ROLE: caller.role,
         c.GATEWAY: caller.gateway,
         c.DIALECT: caller.dialect,
         c.ENDPOINT: caller.endpoint,
+        c.KNOWN_AT: caller.known_at,
     }
+    return told | {c.KEY: caller.key} if caller.key else told
 
 
 def _instructions(allow: Allow) -> dict[str, Any]:
@@ -116,6 +134,8 @@ def _instructions(allow: Allow) -> dict[str, Any]:
         told[c.METERED] = "1"
     if allow.endpoint.reads_body:
         told[c.READ_BODY] = True
+    if allow.watch:
+        told[c.WATCH] = allow.watch
     if allow.models is not None:
         models = ",".join(allow.models)
         if allow.endpoint.names_model:
@@ -125,7 +145,9 @@ def _instructions(allow: Allow) -> dict[str, Any]:
     return told
 
 
-def _add_header(denied: pb.DeniedHttpResponse, name: str, value: str) -> None:
-    option = denied.headers.add()
+def _add_header(answer: pb.DeniedHttpResponse | pb.OkHttpResponse, name: str, value: str) -> None:
+    """In the place of one that the client may have sent."""
+    option = answer.headers.add()
+    option.append_action = HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
     option.header.key = name
     option.header.value = value

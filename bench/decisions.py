@@ -33,8 +33,8 @@ from parallama.counters import Counters
 from parallama.db import database, ledger
 from parallama.db.policies import policy_of
 from parallama.db.prices import prices_of
+from parallama.endpoints import METERED
 from parallama.prices import Prices
-from parallama.roles import METERED
 from parallama.stores import connect_redis
 from parallama.supervisor import children
 from ratelimit.charging import Charging

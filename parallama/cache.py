@@ -53,11 +53,17 @@ class Cache(Generic[K, V]):
             value = await load()
         finally:
             del self._loading[which]
-        if value is not None and generation == self._generation and not self._paused:
+        if value is not None and generation == self._generation:
+            self.put(key, value)
+        return value
+
+    def put(self, key: K, value: V) -> None:
+        """Remember what follows from something that is remembered elsewhere, and forgotten with
+        this."""
+        if not self._paused:
             self._known[key] = value
             if len(self._known) > self._size:
                 self._known.popitem(last=False)
-        return value
 
     def forget(self, unwanted: Callable[[K, V], bool]) -> None:
         """Forget every entry for which `unwanted` is true."""

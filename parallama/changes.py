@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 CHANNEL = "parallama:changes"
 
-Kind = Literal["key", "user", "limits", "prices", "everything"]
+Kind = Literal["key", "user", "token", "limits", "prices", "everything"]
 
 # A change must be known everywhere within a second, so a silent connection may not be trusted for
 # longer than this. A ping is answered at once by a server that lives.
@@ -28,7 +28,7 @@ _SILENCE_SECONDS = 0.75
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """`id` is the key's, the user's, or for limits the user's; empty where many are meant."""
+    """`id` is the key's, the user's, the token's, or for limits the user's; empty: of many."""
 
     kind: Kind
     id: str = ""

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 from zoneinfo import ZoneInfo
 
 from pydantic import (
@@ -15,10 +15,12 @@ from pydantic import (
     SecretStr,
     Strict,
     ValidationError,
+    model_validator,
 )
 
 from parallama import yamlfile
-from parallama.errors import ConfigError
+from parallama.errors import ConfigError, UsageError
+from parallama.roles import BUILT_IN, Permissions, Role, check_name, permissions
 from parallama.sections import (
     LATER,
     Section,
@@ -38,6 +40,7 @@ from parallama.values import (
     FilePath,
     Host,
     HostPort,
+    KeysUrl,
     Secret,
     TimeZone,
     Upstream,
@@ -57,6 +60,10 @@ CountTokens = Literal["learned", "tiktoken"]
 Away = Literal["deny", "allow", "local"]
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 SslMode = Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"]
+JwtAlgorithm = Literal["RS256", "ES256", "EdDSA", "HS256"]
+PublicKeyAlgorithm = Literal[
+    "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"
+]
 EnvoyLevel = Literal["trace", "debug", "info", "warning", "error", "critical", "off"]
 
 
@@ -225,19 +232,115 @@ class Redis(Section):
         return self.password_file.secret if self.password_file else None
 
 
+_AN_ISSUER = {
+    "issuer": "https://sso.example.org",
+    "audience": "parallama",
+    "jwks_url": "https://sso.example.org/jwks",
+}
+
+
+def _role_name(name: str) -> str:
+    try:
+        return check_name(name)
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+
+
+class Issuer(Section):
+    """Somebody else whose access tokens are good for calls: an OpenID provider."""
+
+    issuer: str = Field(min_length=1, max_length=255)
+    audience: str = Field(min_length=1, max_length=255)
+    jwks_url: KeysUrl | None = None
+    jwks_file: ExistingFile | None = None
+    algorithms: Annotated[tuple[PublicKeyAlgorithm, ...], Strict(False)] = Field(
+        default=("RS256",), min_length=1
+    )
+    user_claim: str = Field(default="preferred_username", min_length=1, max_length=255)
+    role_claim: str | None = Field(default=None, min_length=1, max_length=255)
+    roles: dict[str, Annotated[str, AfterValidator(_role_name)]] = Field(default={})
+    default_role: Annotated[str, AfterValidator(_role_name)] | None = Role.USER.value
+    create_users: bool = False
+
+    @property
+    def keys_at(self) -> str | Path:
+        """A URL, or a file."""
+        return self.jwks_url or self.jwks_file or ""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.jwks_url is None) == (self.jwks_file is None):
+            raise ValueError("needs jwks_url or jwks_file, and not both: where its keys come from")
+        if self.roles and self.role_claim is None:
+            raise ValueError("needs role_claim: the claim in which `roles` are looked up")
+        return self
+
+
 class Authentication(Section):
     """How credentials are made, kept and checked."""
 
+    jwt_algorithm: JwtAlgorithm = Field(
+        default="RS256",
+        description="How access tokens are signed: `RS256`, `ES256`, `EdDSA`, or `HS256`, with "
+        "which whoever can check a token can also make one. No other one is accepted: a change "
+        "ends all access tokens, and clients get new ones with their refresh tokens.",
+    )
     jwt_secret_key_file: Secret | None = Field(
         default=None,
-        description="File with the key that signs access tokens.",
-        json_schema_extra=LATER,
+        description="File with the secret that HS256 signs with, 32 bytes or more. The others have "
+        "`signing_keys_dir`.",
+    )
+    signing_keys_dir: FilePath | None = Field(
+        default=None,
+        examples=["/etc/parallama/signing"],
+        description="Folder with the private keys that sign access tokens, which `parallama "
+        "signing-keys` keeps. Not set: `signing` in `state_dir`.",
+    )
+    signing_key_publish_minutes: int = Field(
+        default=60,
+        ge=0,
+        le=43_200,
+        description="How long a new key is published before it signs, so that whoever keeps a copy "
+        "of our public keys has it by then.",
+    )
+    token_issuer: str = Field(
+        default="parallama",
+        min_length=1,
+        max_length=255,
+        examples=["https://ai.example.org"],
+        description="Who issues our access tokens (`iss`): such as the URL that clients use.",
+    )
+    token_audience: str = Field(
+        default="parallama",
+        min_length=1,
+        max_length=255,
+        description="Whom our access tokens are for (`aud`).",
+    )
+    clock_skew_seconds: int = Field(
+        default=30,
+        ge=0,
+        le=300,
+        description="How far the clocks of our machines may differ: times in tokens are judged so "
+        "much more kindly.",
     )
     access_token_expire_minutes: int = Field(
-        default=30, ge=1, description="Life of an access token.", json_schema_extra=LATER
+        default=30, ge=1, le=1440, description="Life of an access token."
     )
     refresh_token_expire_days: int = Field(
-        default=30, ge=1, description="Life of a refresh token.", json_schema_extra=LATER
+        default=30,
+        ge=1,
+        le=3650,
+        description="Life of a refresh token. Each use gives another one, with a life of its own.",
+    )
+    refresh_grace_seconds: int = Field(
+        default=10,
+        ge=0,
+        le=300,
+        description="How long a refresh token is good once more after its use, for clients that "
+        "use it twice at a time or never saw the answer. Later use of it ends the session.",
+    )
+    password_min_length: int = Field(
+        default=12, ge=8, le=64, description="Fewest characters of a password."
     )
     password_hash_rounds: int = Field(
         default=12,
@@ -245,7 +348,30 @@ class Authentication(Section):
         le=16,
         description="bcrypt cost of passwords. People choose them, so guessing has to be slow; "
         "each step doubles the time.",
-        json_schema_extra=LATER,
+    )
+    login_threads: int = Field(
+        default=2,
+        ge=1,
+        le=64,
+        description="How many passwords are checked at a time. Each keeps a core busy for a "
+        "quarter of a second; a few more wait, and all others are told to come back.",
+    )
+    login_attempts: int = Field(
+        default=5,
+        ge=1,
+        le=1000,
+        description="Wrong passwords for one user name in a day until it has to wait. The wait "
+        "doubles each time.",
+    )
+    login_attempts_per_address: int = Field(
+        default=20,
+        ge=1,
+        le=100_000,
+        description="The same for one address (of IPv6, one /64) in an hour, whatever the names.",
+    )
+    lockout_first_seconds: float = Field(default=1, gt=0, le=3600, description="The first wait.")
+    lockout_max_seconds: float = Field(
+        default=900, gt=0, le=86_400, description="The longest wait."
     )
     key_hash_rounds: int = Field(
         default=4,
@@ -266,10 +392,44 @@ class Authentication(Section):
         description="How long keys that a process remembers go on to work while the database is "
         "away; then every request is refused with 503 until it is back.",
     )
+    signature_window_seconds: int = Field(
+        default=60,
+        ge=5,
+        le=3600,
+        description="How far the clock of who signs requests (the `ollama` command) may be from "
+        "ours. For twice as long it is remembered what was signed: nothing is accepted twice.",
+    )
+    issuers: Annotated[
+        tuple[Issuer, ...],
+        Strict(False),
+        Field(examples=[[_AN_ISSUER]]),
+    ] = Field(
+        default=(),
+        description="Others whose access tokens are good for calls, such as OpenID providers: see "
+        "[tokens of others](security.md#tokens-of-other-issuers).",
+    )
 
     @property
     def jwt_secret_key(self) -> SecretStr | None:
         return self.jwt_secret_key_file.secret if self.jwt_secret_key_file else None
+
+
+def _new_role(name: str) -> str:
+    if name in BUILT_IN:
+        raise ValueError(f"the role {name} is built in and cannot be changed")
+    return _role_name(name)
+
+
+def _known_permission(text: str) -> str:
+    try:
+        permissions([text])
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
+RoleName = Annotated[str, AfterValidator(_new_role)]
+Granted = Annotated[str, AfterValidator(_known_permission)]
 
 
 class Discovery(Section):
@@ -500,6 +660,17 @@ class Model(Section):
     )
 
 
+class Admin(Section):
+    """The admin API: users, keys, roles, limits and log-ins over HTTP."""
+
+    enabled: bool = Field(
+        default=True, description="Serve it. Without it, people are managed by commands alone."
+    )
+    timeout_seconds: float = Field(
+        default=30, gt=0, le=55, description="How long one of its calls may take."
+    )
+
+
 class Shutdown(Section):
     """How Parallama leaves."""
 
@@ -545,11 +716,20 @@ class Config(Section):
     database: Database = section()
     redis: Redis = section()
     authentication: Authentication = section()
+    roles: Annotated[
+        dict[RoleName, Annotated[tuple[Granted, ...], Strict(False)]],
+        Field(examples=[{"auditor": ["audit:read", "usage:read"]}]),
+    ] = Field(
+        default={},
+        description="Roles beside the built-in ones, with what each grants as "
+        "`resource:action[:scope]`.",
+    )
     api_gateways: ApiGateways = section()
     rate_limiting: RateLimiting = section()
     usage: Usage = section()
     envoy: Envoy = section()
     model: Model = section()
+    admin: Admin = section()
     shutdown: Shutdown = section()
     logging: Logging = section()
 
@@ -566,8 +746,17 @@ class Config(Section):
         return self._source.parent
 
     @property
+    def known_roles(self) -> Mapping[str, Permissions]:
+        """Those that are built in, and those set here."""
+        return {**BUILT_IN, **{name: permissions(each) for name, each in self.roles.items()}}
+
+    @property
     def run_dir(self) -> Path:
         return self.state_dir / "run"
+
+    @property
+    def signing_dir(self) -> Path:
+        return self.authentication.signing_keys_dir or self.state_dir / "signing"
 
     def model_post_init(self, context: Any) -> None:
         if context:
@@ -697,7 +886,11 @@ def _filled(data: Mapping[str, Any], model: type[Section]) -> dict[str, Any]:
 
 def _contradictions(data: Mapping[str, Any], origins: Origins) -> Iterator[_Mistake]:
     """What is wrong between settings. Asked of plain data: it is told beside other mistakes."""
-    for name, wrong in (("database", _wrong_in_database), ("redis", _wrong_in_redis)):
+    for name, wrong in (
+        ("database", _wrong_in_database),
+        ("redis", _wrong_in_redis),
+        ("authentication", _wrong_in_authentication),
+    ):
         section = data.get(name)
         if not isinstance(section, dict):
             continue
@@ -749,6 +942,21 @@ def _wrong_in_redis(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "tls_cert_file", "is missing: redis.tls_key_file belongs to it"
 
 
+def _wrong_in_authentication(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    listed = given.get("issuers")
+    others = [
+        each.get("issuer")
+        for each in (listed if isinstance(listed, list) else ())
+        if isinstance(each, dict)
+    ]
+    if given.get("token_issuer", "parallama") in others:
+        yield "issuers", "must not name authentication.token_issuer: that is who we are"
+    if any(others.count(each) > 1 for each in others):
+        yield "issuers", "names an issuer twice: write one of them, with all that it needs"
+    if given.get("jwt_algorithm") == "HS256" and "jwt_secret_key_file" not in given:
+        yield "jwt_secret_key_file", "is missing: authentication.jwt_algorithm HS256 needs it"
+
+
 def _invalid(error: ValidationError, origins: Origins) -> Iterator[_Mistake]:
     for each in error.errors(include_url=False):
         place = each["loc"]
@@ -798,6 +1006,16 @@ def warnings(config: Config) -> list[str]:
     for name, store in (("database", config.database), ("redis", config.redis)):
         if store.host is None and "port" in store.model_fields_set:
             found.append(f"{name}.port has no effect without {name}.host")
+    told = config.authentication
+    shared = told.jwt_algorithm == "HS256"
+    unused = (
+        {"signing_keys_dir", "signing_key_publish_minutes"} if shared else {"jwt_secret_key_file"}
+    )
+    for name in sorted(unused & told.model_fields_set):
+        found.append(
+            f"authentication.{name} has no effect with authentication.jwt_algorithm "
+            f"{told.jwt_algorithm}"
+        )
     return found
 
 

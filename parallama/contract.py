@@ -65,11 +65,14 @@ COUNT_TEXT = "count_text"  # bool true: text that nobody reports the tokens of g
 CHECK_MODEL = "check_model"  # bool true: the second ext_authz is asked
 MODELS = "models"  # str, with check_model: comma-separated names and prefixes* the key may use
 LIST_MODELS = "list_models"  # str, the same, on lists of models: lists.lua hides all others
+KNOWN_AT = "known_at"  # number: when the database was asked about the credential, since the epoch
+RULE = "rule"  # str: what refused the request
+WATCH = "watch"  # str: what envoy/wasm/streams.wat asks authz about as long as the answer runs
 
 AUTHZ_KEYS = frozenset(
     {
         USER, USERNAME, KEY, ROLE, GATEWAY, DIALECT, ENDPOINT, METERED, READ_BODY,
-        COUNT_TEXT, CHECK_MODEL, MODELS, LIST_MODELS,
+        COUNT_TEXT, CHECK_MODEL, MODELS, LIST_MODELS, KNOWN_AT, RULE, WATCH,
     }
 )  # fmt: skip
 
@@ -83,9 +86,10 @@ REQUESTS_LEFT = "requests_left"  # number: the same for requests
 CAP = "cap"  # str, decimal: most tokens that the answer may have, where limits are hard
 WOULD_REFUSE = "would_refuse"  # str: shadow limits that had no room
 GRANTS = "grants"  # str, absent without any: what they paid for, as "<unit>:<id>,<unit>:<id>"
+DECISION = "decision"  # str: members of a JSON object: the limit that decided, and its counters
 
 RATELIMIT_KEYS = frozenset(
-    {RESERVATION, GRANTED, TOKENS_LEFT, REQUESTS_LEFT, CAP, WOULD_REFUSE, GRANTS}
+    {RESERVATION, GRANTED, TOKENS_LEFT, REQUESTS_LEFT, CAP, WOULD_REFUSE, GRANTS, DECISION}
 )
 
 # Descriptor entries of a rate-limit call carry the names above and this one.

@@ -23,6 +23,10 @@ class Conflict(ParallamaError):
     """What should be made exists already."""
 
 
+class Stale(ParallamaError):
+    """What should be changed is not what it was when the caller looked."""
+
+
 class SchemaError(ParallamaError):
     """The database's schema is not the one that this version works with."""
 

@@ -103,11 +103,28 @@ def finished(
         upstream_host=upstream,
         cost=None,
         grants=_text(limits, c.GRANTS),
+        decision=_decision(who, limits),
     )
     left = _plain(limits, c.TOKENS_LEFT)
     if left is not None:
         left += (_plain(limits, c.GRANTED) or 0) - total
     return Finished(record, left, _plain(limits, c.REQUESTS_LEFT), tuple(odd))
+
+
+def _decision(who: Facts, limits: Facts) -> str | None:
+    """
+    As JSON, in few bytes: `rule` where ours refused it, `known_at` (see `parallama.contract`), and
+    what ratelimit says of limits (see `ratelimit.rules.decision`).
+    """
+    parts = []
+    if (rule := _text(who, c.RULE)) is not None:
+        parts.append(f'"rule":"{rule}"')
+    known_at = who.get(c.KNOWN_AT)
+    if isinstance(known_at, int | float) and math.isfinite(known_at):
+        parts.append(f'"known_at":{known_at:.3f}')
+    if (limit := _text(limits, c.DECISION)) is not None:
+        parts.append(limit)
+    return f"{{{','.join(parts)}}}" if parts else None
 
 
 def _text(facts: Facts, name: str) -> str | None:

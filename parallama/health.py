@@ -46,8 +46,13 @@ _CALL = b"".join(
 
 
 def serves(at: str) -> bool:
-    """What is asked at `at`: /healthz and the like over HTTP, anything else over gRPC."""
+    """
+    What is asked at `at`: /healthz and the like over HTTP; `unix:` and a socket, where HTTP is
+    spoken and every answer is one; any other socket over gRPC.
+    """
     try:
+        if at.startswith("unix:"):
+            return _http_answers(at.removeprefix("unix:"))
         return _http_ok(at) if at.startswith("http://") else _grpc_serving(at)
     except (OSError, http.client.HTTPException):
         return False
@@ -61,6 +66,16 @@ def _http_ok(url: str) -> bool:
         return connection.getresponse().status == http.HTTPStatus.OK
     finally:
         connection.close()
+
+
+def _http_answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.settimeout(_SECONDS)
+        peer.connect(path)
+        peer.sendall(b"GET / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        with peer.makefile("rb") as answer:
+            status = answer.readline(100).split()
+    return len(status) > 1 and status[1].isdigit() and int(status[1]) < 500
 
 
 def _grpc_serving(path: str) -> bool:

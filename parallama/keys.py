@@ -1,4 +1,4 @@
-"""API keys: their form, how they are made, and how their secrets are kept (pure but for bcrypt)."""
+"""API keys, and refresh tokens like them: form, making, keeping (pure but for bcrypt)."""
 
 import hashlib
 import re
@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 import bcrypt
 
 PREFIX = "plm_"
+REFRESH_PREFIX = "plr_"
 
 PATTERN = r"plm_[0-9A-Za-z]{12}_[0-9A-Za-z]{49}"
 """Finds keys in text; published for secret scanners. `parse` also checks the checksum."""
 
 _TOKEN = re.compile(
-    r"(?P<body>plm_(?P<id>[0-9A-Za-z]{12})_(?P<secret>[0-9A-Za-z]{43}))(?P<sum>[0-9A-Za-z]{6})"
+    r"(?P<body>(?P<prefix>pl[mr]_)(?P<id>[0-9A-Za-z]{12})_(?P<secret>[0-9A-Za-z]{43}))"
+    r"(?P<sum>[0-9A-Za-z]{6})"
 )
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _ID_LENGTH = 12
@@ -46,19 +48,35 @@ def mint(random_bytes: Callable[[int], bytes], *, rounds: int) -> Minted:
 
     A low cost is enough: it slows down guessing, and 256 bits cannot be guessed.
     """
+    token, public_id, secret = _make(random_bytes, PREFIX)
+    return Minted(token, public_id, hash_secret(secret, rounds))
+
+
+def mint_refresh(random_bytes: Callable[[int], bytes]) -> Minted:
+    """A refresh token. It is used once: nothing would be won by a hash that takes time."""
+    token, public_id, _ = _make(random_bytes, REFRESH_PREFIX)
+    return Minted(token, public_id, digest(token).hex())
+
+
+def _make(random_bytes: Callable[[int], bytes], prefix: str) -> tuple[str, str, str]:
     # Four bytes more than the id can hold: no digit is noticeably likelier than another.
     public_id = _base62(int.from_bytes(random_bytes(13)) % 62**_ID_LENGTH, _ID_LENGTH)
     secret = _base62(int.from_bytes(random_bytes(_SECRET_BYTES)), _SECRET_LENGTH)
-    body = f"{PREFIX}{public_id}_{secret}"
-    return Minted(body + _checksum(body), public_id, hash_secret(secret, rounds))
+    body = f"{prefix}{public_id}_{secret}"
+    return body + _checksum(body), public_id, secret
 
 
-def parse(token: str) -> ParsedKey | None:
+def parse(token: str, prefix: str = PREFIX) -> ParsedKey | None:
     """None unless `token` has the form of a key and its checksum is right; nothing is looked up."""
     match = _TOKEN.fullmatch(token)
-    if match is None or match["sum"] != _checksum(match["body"]):
+    if match is None or match["prefix"] != prefix or match["sum"] != _checksum(match["body"]):
         return None
     return ParsedKey(match["id"], match["secret"])
+
+
+def public_id_of(data: bytes) -> str:
+    """Stands for `data`, such as the public half of a key, as a public id."""
+    return _base62(int.from_bytes(hashlib.sha256(data).digest()) % 62**_ID_LENGTH, _ID_LENGTH)
 
 
 def hash_secret(secret: str, rounds: int) -> str:

@@ -21,11 +21,12 @@ the parameters of SQL and the bodies of requests."""
 
 _MASKS = (
     # More than the exact form of a key: half of one is a secret, too.
-    (re.compile(r"(plm_[0-9A-Za-z]{12}_)[0-9A-Za-z_]+"), r"\1***"),
+    (re.compile(r"(pl[mr]_[0-9A-Za-z]{12}_)[0-9A-Za-z_]+"), r"\1***"),
     (re.compile(r"\b(bearer\s+)[A-Za-z0-9._~+/=-]+", re.IGNORECASE), r"\1***"),
+    (re.compile(r"(?<![\w-])eyJ[\w-]+\.[\w.-]+", re.ASCII), "***"),  # signed tokens
     (re.compile(r"(://[^\s/:@\"]*:)[^\s/@\"]+@"), r"\1***@"),
 )
-_SUSPECT = re.compile(r"plm_|[Bb][Ee][Aa][Rr][Ee][Rr]|://")  # one look that most text passes
+_SUSPECT = re.compile(r"pl[mr]_|eyJ|[Bb][Ee][Aa][Rr][Ee][Rr]|://")  # one look that most text passes
 _PLAIN = re.compile(r"[^\s\"'=\x00-\x1f\x7f-\x9f]+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _JSON = json.JSONEncoder()

@@ -1,123 +1,141 @@
-"""Who may call what: the upstreams' endpoints, their actions, and the roles that may (pure)."""
+"""
+Permissions are `resource:action`, or `resource:action:scope` for a part of it; roles are sets of
+them (pure).
 
-from dataclasses import dataclass
+The scope of a permission for models is a gateway. Every other scope is `own`: what belongs to the
+user who asks.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
+from functools import lru_cache
 from types import MappingProxyType
 
-from parallama.limits import name_matches
+from parallama.errors import UsageError
+
+RESOURCES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "models": ("read", "infer", "manage"),
+        "users": ("read", "create", "update", "delete"),
+        "keys": ("read", "create", "update", "rotate", "revoke"),
+        "tokens": ("revoke",),
+        "roles": ("read", "write"),
+        "limits": ("read", "write"),
+        "prices": ("read", "write"),
+        "mappings": ("read", "write"),
+        "usage": ("read",),
+        "audit": ("read",),
+    }
+)
+"""All there is to be permitted."""
+
+OWN = "own"
+EVERY = "*"
+GATEWAYS = ("ollama", "openai")
+
+_NAME = re.compile(r"[a-z][a-z0-9_.-]{0,49}")
+
+Permissions = frozenset[str]
+"""In full: without `*`."""
 
 
 class Role(StrEnum):
+    """The roles that are always there."""
+
     ADMIN = "admin"
     OPERATOR = "operator"
     USER = "user"
     READONLY = "readonly"
 
 
-class Action(StrEnum):
-    READ = "read"
-    INFER = "inference"
-    MANAGE = "manage"
+def check_name(name: str) -> str:
+    """Of a role. Raises UsageError."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            "a role is named by up to 50 of a-z, 0-9, '_', '.' and '-', and begins with a letter: "
+            f"{name!r}"
+        )
+    return name
 
 
-_GRANTS = MappingProxyType(
+def permissions(given: Iterable[str]) -> Permissions:
+    """
+    What is meant by permissions as people write them, where `*` stands for every resource or
+    action. Raises UsageError for one that there is not.
+    """
+    return frozenset(each for text in given for each in _expanded(text))
+
+
+def permits(granted: Permissions, resource: str, action: str, scope: str | None = None) -> bool:
+    """Whether this is granted, in this scope or without one."""
+    needed = f"{resource}:{action}"
+    return needed in granted or (scope is not None and f"{needed}:{scope}" in granted)
+
+
+def covers(granted: Permissions, wanted: Permissions) -> bool:
+    """Whether nothing is wanted beyond what is granted: nobody gives away what they have not."""
+    return all(permits(granted, *_parts(each)) for each in wanted)
+
+
+def within(granted: Permissions, bounds: Permissions) -> Permissions:
+    """What is granted by both."""
+    return frozenset(
+        [each for each in granted if permits(bounds, *_parts(each))]
+        + [each for each in bounds if permits(granted, *_parts(each))]
+    )
+
+
+@lru_cache(maxsize=1024)
+def _expanded(text: str) -> tuple[str, ...]:
+    resource, _, rest = text.partition(":")
+    action, _, scope = rest.partition(":")
+    found = [
+        f"{known}:{can}" + (f":{scope}" if scope else "")
+        for known, actions in RESOURCES.items()
+        for can in actions
+        if resource in (known, EVERY) and action in (can, EVERY)
+    ]
+    if not found:
+        raise UsageError(f"there is no permission {text!r}: {_known(resource)}")
+    if scope or rest.endswith(":"):
+        allowed = {EVERY: ("",), "models": GATEWAYS}.get(resource, (OWN,))
+        if scope not in allowed:
+            raise UsageError(
+                f"there is no permission {text!r}: the scope of {resource} is "
+                + (" or ".join(allowed) or "none")
+            )
+    return tuple(found)
+
+
+def _known(resource: str) -> str:
+    if resource in RESOURCES:
+        return f"{resource} has {', '.join(RESOURCES[resource])}"
+    return f"it is resource:action[:scope], and the resources are {', '.join(RESOURCES)}"
+
+
+@lru_cache(maxsize=1024)
+def _parts(permission: str) -> tuple[str, str, str | None]:
+    resource, action, *scope = permission.split(":")
+    return resource, action, scope[0] if scope else None
+
+
+_OWN = (
+    *("users:read:own", "keys:read:own", "usage:read:own", "limits:read:own"),
+    "tokens:revoke:own",
+)
+_USER = (*_OWN, "keys:rotate:own", "keys:revoke:own", "models:read", "models:infer")
+_OPERATOR = (
+    *_USER,
+    *("models:*", "mappings:*", "prices:read", "limits:read", "usage:read"),
+    *("users:read", "keys:read", "roles:read"),
+)
+
+BUILT_IN: Mapping[str, Permissions] = MappingProxyType(
     {
-        Role.ADMIN: frozenset(Action),
-        Role.OPERATOR: frozenset(Action),
-        Role.USER: frozenset({Action.READ, Action.INFER}),
-        Role.READONLY: frozenset({Action.READ}),
+        Role.ADMIN: permissions(["*:*"]),
+        Role.OPERATOR: permissions(_OPERATOR),
+        Role.USER: permissions(_USER),
+        Role.READONLY: permissions((*_OWN, "models:read")),
     }
 )
-
-
-def may(role: Role, action: Action) -> bool:
-    return action in _GRANTS[role]
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """
-    One of the upstream's endpoints.
-
-    `names_model`: its body says which model it is about. `lists_models`: its answer does.
-    """
-
-    path: str
-    action: Action
-    reads_body: bool = False
-    names_model: bool = False
-    lists_models: bool = False
-
-
-def _infer(path: str) -> Endpoint:
-    return Endpoint(path, Action.INFER, reads_body=True, names_model=True)
-
-
-def _read(path: str) -> Endpoint:
-    return Endpoint(path, Action.READ)
-
-
-def _list(path: str) -> Endpoint:
-    return Endpoint(path, Action.READ, lists_models=True)
-
-
-def _manage(path: str) -> Endpoint:
-    return Endpoint(path, Action.MANAGE, reads_body=True, names_model=True)
-
-
-_OLLAMA = {
-    ("POST", "/api/chat"): _infer("/api/chat"),
-    ("POST", "/api/generate"): _infer("/api/generate"),
-    ("POST", "/api/embed"): _infer("/api/embed"),
-    ("POST", "/api/embeddings"): _infer("/api/embeddings"),
-    ("GET", "/api/version"): _read("/api/version"),
-    ("HEAD", "/api/version"): _read("/api/version"),
-    ("GET", "/api/tags"): _list("/api/tags"),
-    ("HEAD", "/api/tags"): _list("/api/tags"),
-    ("GET", "/api/ps"): _list("/api/ps"),
-    ("POST", "/api/show"): Endpoint("/api/show", Action.READ, reads_body=True, names_model=True),
-    ("POST", "/api/pull"): _manage("/api/pull"),
-    ("POST", "/api/push"): _manage("/api/push"),
-    ("POST", "/api/create"): _manage("/api/create"),
-    ("POST", "/api/copy"): Endpoint("/api/copy", Action.MANAGE, reads_body=True),
-    ("DELETE", "/api/delete"): _manage("/api/delete"),
-}
-_OPENAI = {
-    ("POST", "/v1/chat/completions"): _infer("/v1/chat/completions"),
-    ("POST", "/v1/completions"): _infer("/v1/completions"),
-    ("POST", "/v1/embeddings"): _infer("/v1/embeddings"),
-    ("GET", "/v1/models"): _list("/v1/models"),
-}
-METERED = frozenset(
-    at.path for at in (*_OLLAMA.values(), *_OPENAI.values()) if at.action is Action.INFER
-)
-"""The endpoints whose calls spend tokens."""
-
-_BLOBS = "/api/blobs/sha256"
-_MODELS = "/v1/models/"
-
-ONE_MODEL = "/v1/models/{model}"
-
-
-def find_endpoint(method: str, path: str) -> Endpoint | None:
-    """
-    The endpoint behind a request, by method and the upstream's own path without its query.
-
-    None for everything that is not listed: what nobody thought about is refused.
-    """
-    found = _OLLAMA.get((method, path)) or _OPENAI.get((method, path))
-    if found is None and method in ("POST", "HEAD") and path.startswith(_BLOBS):
-        return Endpoint("/api/blobs", Action.MANAGE)
-    if found is None and method == "GET" and path.startswith(_MODELS) and len(path) > len(_MODELS):
-        return Endpoint(ONE_MODEL, Action.READ)
-    return found
-
-
-def knows_path(path: str) -> bool:
-    """Whether any method of this path is listed: tells 405 from 404."""
-    return any(known == path for _, known in (*_OLLAMA, *_OPENAI))
-
-
-def model_allowed(patterns: tuple[str, ...], model: str) -> bool:
-    """Whether a key restricted to `patterns` (names, or prefixes ending in `*`) may use `model`."""
-    return any(name_matches(pattern, model) for pattern in patterns)

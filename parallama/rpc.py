@@ -227,7 +227,7 @@ class Server:
         connects meets the old server or this one.
         """
         loop = asyncio.get_running_loop()
-        listener = _bound(path)
+        listener = bound(path)
         self.serving = True
         self._listener = await loop.create_unix_server(
             lambda: http2.Connection(self), sock=listener, backlog=_BACKLOG
@@ -286,7 +286,7 @@ class Server:
         return b"\x08\x01" if self._well() else b"\x08\x02"
 
 
-def _bound(path: str) -> socket.socket:
+def bound(path: str) -> socket.socket:
     """A socket that listens, in the place of one that may be there."""
     with suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):  # it is not ours to remove

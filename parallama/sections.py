@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -84,6 +84,8 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 def _wanted(error: ErrorDetails) -> str:
     bounds = error.get("ctx", {})
     match error["type"]:
+        case "missing":
+            return "is missing"
         case "int_type":
             return "must be a whole number"
         case "float_type" | "finite_number":
@@ -166,7 +168,8 @@ def written(value: object) -> str:
 def _nearest_setting(place: Place, root: type[Section]) -> str:
     here: Any = root
     for step in place[:-1]:
-        here = here.model_fields[str(step)].annotation
+        # Of a list: the section that its members are.
+        here = get_args(here)[0] if isinstance(step, int) else here.model_fields[step].annotation
     name, above = str(place[-1]), place[:-1]
     if near := nearest(name, here.model_fields):
         return f"did you mean {dotted((*above, near))}?"

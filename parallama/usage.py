@@ -54,6 +54,8 @@ class UsageRecord:
     """None where the model has no price."""
     grants: str | None = None
     """What was paid for by grants, as `<unit>:<grant's id>`, comma-separated."""
+    decision: str | None = None
+    """Why it was let in or refused, as JSON: see `parallama.finished`."""
 
     @property
     def admitted(self) -> bool:

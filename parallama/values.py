@@ -132,6 +132,24 @@ def _upstream(value: str) -> str:
     return f"{url.scheme}://[{host}]" if ":" in host else f"{url.scheme}://{host}"
 
 
+def _keys_url(value: str) -> str:
+    """Who could change what is on its way could make tokens, so it is https."""
+    url = _split(value)
+    if url.scheme != "https" and not (url.scheme == "http" and _is_loopback(url.hostname or "")):
+        raise ValueError(
+            "must begin with https://, or be of this machine, such as http://127.0.0.1:8080/jwks"
+        )
+    _host(url.hostname or "")
+    return value
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _split(value: str) -> SplitResult:
     try:
         url = urlsplit(value)
@@ -178,5 +196,6 @@ Address = Annotated[str, AfterValidator(_address)]
 Host = Annotated[str, AfterValidator(_host)]
 HostPort = Annotated[str, AfterValidator(_host_port)]
 Upstream = Annotated[str, AfterValidator(_upstream)]
+KeysUrl = Annotated[str, AfterValidator(_keys_url)]
 TimeZone = Annotated[str, AfterValidator(_zone)]
 Bytes = Annotated[int, BeforeValidator(_size)]

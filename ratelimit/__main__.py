@@ -13,9 +13,9 @@ from parallama.counters import Counters
 from parallama.db import accounts, ledger
 from parallama.db.policies import policy_of
 from parallama.db.prices import prices_of
+from parallama.endpoints import METERED
 from parallama.presence import LOOK_SECONDS, Presence, opened
 from parallama.prices import Prices
-from parallama.roles import METERED
 from parallama.stores import connect_redis, socket_path
 from ratelimit.charging import Charging
 from ratelimit.estimate import Estimate

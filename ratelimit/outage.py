@@ -17,6 +17,9 @@ Away = Literal["deny", "allow", "local"]
 
 # Seconds for which nobody asks a Redis again that did not answer: one who waits for it is enough.
 _PAUSE = 0.5
+# For the usage row: see rules.decision.
+_REDIS_AWAY = '"away":"redis"'
+
 # Buckets whose last state is remembered, and calls that are owed.
 _BUCKETS = 100_000
 _OWED = 100_000
@@ -77,7 +80,7 @@ class Outage:
         """Nobody knows which limits there are, because the database is away."""
         log.error("limits not known", extra={"policy": dict(self._away), "cause": str(error)})
         if self._away[ask.gateway] == "allow":
-            return rules.Admitted(ask.request_id, 0, None, None)
+            return rules.Admitted(ask.request_id, 0, None, None, decision='"away":"database"')
         return None
 
     def reserve(
@@ -86,7 +89,7 @@ class Outage:
         """None is to be denied."""
         away = self._away[ask.gateway]
         if away == "allow" or not met:
-            return rules.Admitted(ask.request_id, 0, None, None)
+            return rules.Admitted(ask.request_id, 0, None, None, decision=_REDIS_AWAY)
         if away == "deny":
             return None
         levels, holds = [], []
@@ -99,14 +102,14 @@ class Outage:
             levels.append(rules.Level(bucket, share.known + share.used, share.reserved, full))
             holds.append((bucket, share, amount))
         if any(level.refuses for level in levels):
-            return rules.refuse(levels, now)
+            return rules.refuse(levels, now, f'"rule":"limit",{_REDIS_AWAY}')
         for bucket, share, amount in holds:
             if bucket.limit.unit is Unit.REQUESTS:
                 share.used += amount
             else:
                 share.reserved += amount
         self._held[ask.request_id] = holds
-        return rules.admit(levels, ask.request_id, need.tokens, now)
+        return rules.admit(levels, ask.request_id, need.tokens, now, decision=_REDIS_AWAY)
 
     def settle(self, end: rules.Settle) -> None:
         """The call has ended: what it held of our shares is given back, what it used is used."""

@@ -1,16 +1,14 @@
 """Counters that were lost, or that begin now, learn from the usage rows what was spent."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
-from decimal import Decimal
-from math import ceil
 
+from parallama.buckets import Bucket, spent
 from parallama.counters import Counters, on_the_way
-from parallama.db.ledger import Span, Spending, Used
+from parallama.db.ledger import Span, Spending
 from parallama.errors import Unavailable
 from parallama.limits import Unit
-from ratelimit.rules import Bucket
 
 # More often than that nobody loses counters while they are built.
 _TRIES = 3
@@ -50,28 +48,11 @@ class Rebuild:
             asked = [_span(*span) for span in spans]
             found = await self._spending(user, asked, _span(*on_the_way(since)))
             sums = dict(zip(spans, found.sums, strict=True))
-            spent = [(at.hold(0), _sum(at, sums[at.start, at.end])) for at in counted]
-            if await self._counters.seed(user, since, spent, found.recent, now):
+            told = [(at.hold(0), spent(at, sums[at.start, at.end])) for at in counted]
+            if await self._counters.seed(user, since, told, found.recent, now):
                 return
         raise Unavailable("the counters cannot be used: they are lost again and again")
 
 
 def _span(start: float, end: float) -> Span:
     return datetime.fromtimestamp(start, UTC), datetime.fromtimestamp(end, UTC)
-
-
-def _sum(bucket: Bucket, rows: Iterable[Used]) -> int:
-    counted = [
-        row
-        for row in rows
-        if bucket.counts(row.gateway, row.model_name or "", row.key_id or "", row.grants or "")
-    ]
-    match bucket.limit.unit:
-        case Unit.REQUESTS:
-            return sum(row.requests for row in counted)
-        case Unit.TOKENS:
-            return sum(row.tokens for row in counted)
-        case Unit.COMPUTE_SECONDS:
-            return ceil(sum(row.compute_ms for row in counted))
-        case _:
-            return ceil(sum((row.cost for row in counted), Decimal()) * bucket.limit.unit.parts)

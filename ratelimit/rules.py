@@ -1,15 +1,17 @@
 """Which buckets a call touches, how much it holds, and what the answer says (pure)."""
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, tzinfo
 from decimal import Decimal
 from functools import lru_cache
 from itertools import product
-from urllib.parse import quote
 
-from parallama.counters import Hold, bucket_name
+from parallama.buckets import Bucket as Bucket
+from parallama.buckets import buckets as buckets
+from parallama.buckets import granted
+from parallama.buckets import running as running
 from parallama.limits import ANY, Grant, Limit, Unit, Window
 
 # The longest that openai-python obeys `retry-after`.
@@ -17,6 +19,9 @@ LONGEST_RETRY = 120
 
 # Most tokens that one call is held or charged for; Envoy's own bound for an addend.
 MOST_TOKENS = 1_000_000_000
+
+# A model's name can be of any length, and there is a usage row for each call.
+_LONGEST_NAME = 80
 
 # Where only calls in flight stand in the way, nobody knows when they end. Soon, as a rule.
 _HELD_RETRY = 5
@@ -85,32 +90,6 @@ class Need:
 
 
 @dataclass(frozen=True, slots=True)
-class Bucket:
-    """
-    The count of one limit in one of its windows, from `start` to before `end`; or of the grant with
-    the id `grant`, as long as that lasts.
-    """
-
-    limit: Limit
-    name: str
-    start: int
-    end: int
-    grant: str = ""
-
-    def counts(self, gateway: str, model: str, key: str, grants: str) -> bool:
-        """Whether a call counts here that was paid for by these grants, as UsageRecord says it."""
-        paid = dict(part.split(":", 1) for part in grants.split(",") if ":" in part)
-        by = paid.get(self.limit.unit, "")
-        return by == self.grant and (bool(by) or self.limit.covers(gateway, model, key))
-
-    def hold(self, amount: int) -> Hold:
-        limit = self.limit
-        # A window that had begun when the limit was set is looked up, whoever is known by then.
-        start = self.start if limit.set_at <= self.start else 0
-        return Hold(self.name, limit.unit, limit.amount, amount, start, self.end, limit.shadow)
-
-
-@dataclass(frozen=True, slots=True)
 class Level:
     """What a bucket holds after a decision. `full`: it had no room for the call."""
 
@@ -151,6 +130,7 @@ class Admitted:
     `granted` tokens are held. `cap` is how many of them the answer may have; None leaves it alone.
 
     `would_refuse` names the shadow limits that had no room, `grants` is as in UsageRecord.
+    `decision` is kept with the usage row: see `decision`.
     """
 
     reservation: str
@@ -160,6 +140,7 @@ class Admitted:
     cap: int | None = None
     would_refuse: tuple[str, ...] = ()
     grants: str = ""
+    decision: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,23 +151,7 @@ class Refused:
     may_retry: bool
     requests: Room | None
     tokens: Room | None
-
-
-def buckets(
-    limits: Iterable[Limit], gateway: str, model: str, key: str, now: float, zone: tzinfo = UTC
-) -> list[Bucket]:
-    """The buckets a call has to find room in."""
-    minute = int(now // 60)
-    return [_bucket(limit, minute, zone) for limit in limits if limit.covers(gateway, model, key)]
-
-
-def running(
-    limits: Iterable[Limit], grants: Iterable[Grant], now: float, zone: tzinfo = UTC
-) -> list[Bucket]:
-    """All buckets of a user in which something can be counted now."""
-    minute = int(now // 60)
-    lasting = [_granted(at) for at in grants if at.created_at <= now < at.expires_at]
-    return [*(_bucket(limit, minute, zone) for limit in limits), *lasting]
+    decision: str = ""
 
 
 def paid_by(met: Iterable[Bucket]) -> str:
@@ -205,7 +170,7 @@ def instead(
     full = dict.fromkeys(level.bucket.limit.unit for level in levels if level.refuses)
     kept = [at.bucket for at in levels if at.bucket.limit.unit not in full]
     choices = [
-        [_granted(at) for at in grants if at.unit is unit and at.covers(gateway, model, now)]
+        [granted(at) for at in grants if at.unit is unit and at.covers(gateway, model, now)]
         for unit in full
     ]
     for chosen in product(*choices) if full else ():
@@ -213,7 +178,12 @@ def instead(
 
 
 def admit(
-    levels: Sequence[Level], reservation: str, granted: int, now: float, cap: int | None = None
+    levels: Sequence[Level],
+    reservation: str,
+    granted: int,
+    now: float,
+    cap: int | None = None,
+    decision: str = "",
 ) -> Admitted:
     return Admitted(
         reservation,
@@ -223,12 +193,50 @@ def admit(
         cap,
         tuple(describe(level.bucket.limit) for level in levels if level.full),
         paid_by(level.bucket for level in levels),
+        decision,
     )
 
 
-def refuse(levels: Sequence[Level], now: float) -> Refused:
+def in_the_way(levels: Iterable[Level]) -> Level:
+    """The limit among the full ones that stands in the way for longest."""
+    return max((level for level in levels if level.refuses), key=_stands_in_the_way)
+
+
+def tightest(levels: Iterable[Level]) -> Level | None:
+    """The limit of which the smallest part is left; None without any that could refuse."""
+    found, least = None, 2.0
+    for level in levels:
+        limit = level.bucket.limit
+        part = (limit.amount - level.used - level.reserved) / (limit.amount or 1)
+        if part < least and not limit.shadow:
+            found, least = level, part
+    return found
+
+
+def decision(level: Level | None, need: Need, policy_at: float) -> str:
+    """
+    Why a call was let in or refused, for its usage row: members of a JSON object. The limit that
+    decided, or was the tightest; what of it was used and held then, and what the call needs, in
+    its own unit; when it ends. `policy_at` is when the database was asked which limits there are.
+    """
+    if level is None:
+        return f'"policy_at":{policy_at:.3f}'
+    bucket = level.bucket
+    unit = bucket.limit.unit
+    used: float = level.used
+    held: float = level.reserved
+    needs: float = need.of(unit)
+    if unit.parts != 1:
+        used, held, needs = (float(f"{n / unit.parts:.9g}") for n in (used, held, needs))
+    return (
+        f'"policy_at":{policy_at:.3f},"limit":{_name(bucket.limit)},"used":{used},"held":{held},'
+        f'"needs":{needs},"ends":{bucket.end}'
+    )
+
+
+def refuse(levels: Sequence[Level], now: float, decision: str = "") -> Refused:
     """Names the limit among the full ones that stands in the way for longest."""
-    worst = max((level for level in levels if level.refuses), key=_stands_in_the_way)
+    worst = in_the_way(levels)
     limit = worst.bucket.limit
     wait = _seconds_until(worst.bucket.end, now)
     if not worst.gone:
@@ -241,6 +249,7 @@ def refuse(levels: Sequence[Level], now: float) -> Refused:
         may_retry=wait <= LONGEST_RETRY and limit.amount > 0,
         requests=_room(levels, Unit.REQUESTS, now),
         tokens=_room(levels, Unit.TOKENS, now),
+        decision=decision,
     )
 
 
@@ -259,16 +268,9 @@ def describe(limit: Limit) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _bucket(limit: Limit, minute: int, zone: tzinfo) -> Bucket:
-    """No window is shorter than a minute, so all calls of one minute share this."""
-    start, end = limit.window.bounds(minute * 60, zone)
-    return Bucket(limit, bucket_name(limit, start), start, end)
-
-
-def _granted(grant: Grant) -> Bucket:
-    limit = Limit(grant.gateway, grant.model, grant.unit, Window.MONTH, grant.amount)
-    start, end = int(grant.created_at), math.ceil(grant.expires_at)
-    return Bucket(limit, f"grant:{quote(grant.id, safe='')}", start, end, grant.id)
+def _name(limit: Limit) -> str:
+    text = describe(limit)
+    return json.dumps(text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 1] + "\u2026")
 
 
 def _stands_in_the_way(level: Level) -> tuple[bool, bool, int]:

@@ -3,8 +3,10 @@
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
 from datetime import tzinfo
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -28,6 +30,18 @@ SHOULD_RATE_LIMIT = "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimi
 
 # How many calls are timed at once, to learn how long they take.
 _TIMED = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """
+    The answer is None where it cannot be decided, and is to be denied. `levels` are those of the
+    limits themselves, before grants; there are none, and no need, where nobody could be asked.
+    """
+
+    answer: rules.Admitted | rules.Refused | None
+    levels: Sequence[rules.Level] = ()
+    need: rules.Need | None = None
 
 
 class RateLimit:
@@ -89,7 +103,7 @@ class RateLimit:
 
     async def _answer(self, ask: rules.Reserve) -> bytes:
         try:
-            answer = await self._reserve(ask)
+            answer = (await self.decide(ask)).answer
         except asyncio.CancelledError:
             # The client left while we asked. Envoy settles nothing then, so we do.
             self.settle(rules.Settle(ask.user, ask.request_id, 0))
@@ -107,32 +121,35 @@ class RateLimit:
             )
         return wire.admitted(answer)
 
-    async def _reserve(self, ask: rules.Reserve) -> rules.Admitted | rules.Refused | None:
-        """None where it cannot be decided, and is to be denied."""
+    async def decide(self, ask: rules.Reserve, *, take: bool = True) -> Decided:
+        """Reserve what is asked; without `take`, only say what would come of it."""
         now = self._clock()
         try:
             policy = await self._policies.policy_of(ask.user)
             met = rules.buckets(policy.limits, ask.gateway, ask.model, ask.key, now, self._zone)
             need = await self._need(ask, met)
         except Unavailable as error:
-            return self._outage.without_limits(ask, error)
+            return Decided(self._outage.without_limits(ask, error))
         if self._outage.lasts():
-            return self._outage.reserve(ask, met, need, now)
+            return Decided(self._outage.reserve(ask, met, need, now))
         try:
-            levels, held = await self._take(ask, policy, met, need, now)
-            refusing = levels
+            levels, held = await self._take(ask, policy, met, need, now, take)
+            first = levels
             for others in rules.instead(levels, policy.grants, ask.gateway, ask.model, now):
-                levels, held = await self._take(ask, policy, others, need, now)
+                levels, held = await self._take(ask, policy, others, need, now, take)
                 if not any(level.refuses for level in levels):
                     break
         except Unavailable as error:
             self._outage.begins(error)
-            return self._outage.reserve(ask, met, need, now)
+            return Decided(self._outage.reserve(ask, met, need, now))
         self._outage.ends(ask.user, levels)
         if any(level.refuses for level in levels):
-            return rules.refuse(refusing, now)
+            why = rules.decision(rules.in_the_way(first), need, policy.read_at)
+            return Decided(rules.refuse(first, now, f'"rule":"limit",{why}'), first, need)
         cap = self._cap(ask, held) if need.answer else None
-        return rules.admit(levels, ask.request_id, held, now, cap)
+        why = rules.decision(rules.tightest(levels), need, policy.read_at)
+        admitted = rules.admit(levels, ask.request_id, held, now, cap, why)
+        return Decided(admitted, first, need)
 
     async def _take(
         self,
@@ -141,17 +158,21 @@ class RateLimit:
         met: list[rules.Bucket],
         need: rules.Need,
         now: float,
+        take: bool,
     ) -> tuple[list[rules.Level], int]:
         """What the buckets hold then, and how many tokens the call holds."""
         call = _call(ask, now, rules.paid_by(met))
         holds = [bucket.hold(need.of(bucket.limit.unit)) for bucket in met]
         least = self._estimate.most_prompt(ask) + 1 if self._hard else 0
         tokens = max(need.tokens, least)
-        taken = await self._counters.reserve(call, holds, tokens=tokens, least=least, now=now)
+        reserve = partial(
+            self._counters.reserve, call, holds, tokens=tokens, least=least, now=now, take=take
+        )
+        taken = await reserve()
         if not taken.known:
             running = rules.running(policy.limits, policy.grants, now, self._zone)
             await self._rebuild(ask.user, running, now)
-            taken = await self._counters.reserve(call, holds, tokens=tokens, least=least, now=now)
+            taken = await reserve()
         if not taken.known:
             raise Unavailable("the counters cannot be used: they were lost once more")
         levels = [

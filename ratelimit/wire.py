@@ -77,6 +77,8 @@ def admitted(answer: Admitted) -> bytes:
         facts[contract.WOULD_REFUSE].string_value = "; ".join(answer.would_refuse)
     if answer.grants:
         facts[contract.GRANTS].string_value = answer.grants
+    if answer.decision:
+        facts[contract.DECISION].string_value = answer.decision
     _describe(response, answer.requests, answer.tokens)
     return bytes(response.SerializeToString())
 
@@ -86,6 +88,8 @@ def refused(answer: Refused, dialect: str) -> bytes:
         overall_code=RateLimitResponse.OVER_LIMIT,
         raw_body=refusal(dialect, 429, answer.code, answer.message),
     )
+    if answer.decision:
+        response.dynamic_metadata.fields[contract.DECISION].string_value = answer.decision
     _describe(response, answer.requests, answer.tokens)
     add = response.response_headers_to_add.add
     add(key="content-type", value="application/json")

@@ -12,7 +12,7 @@ import yaml
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from parallama import contract, keys, roles
+from parallama import contract, endpoints, keys, roles
 from parallama.cli import app
 from parallama.config import settings
 from parallama.usage import UsageRecord
@@ -208,13 +208,16 @@ def test_the_table_of_endpoints_is_that_of_the_code() -> None:
     head, *told = rows("docs/endpoints.md", 7)
     assert head[3:] == list(roles.Role)
     for method, path, action, *may in told:
-        endpoint = roles.find_endpoint(method, path)
+        endpoint = endpoints.find_endpoint(method, path)
         assert endpoint is not None, path
         assert action == endpoint.action
-        assert may == ["yes" if roles.may(at, endpoint.action) else "no" for at in roles.Role]
+        assert may == [
+            "yes" if roles.permits(roles.BUILT_IN[at], "models", endpoint.action) else "no"
+            for at in roles.Role
+        ]
     listed = {(method, path) for method, path, *_ in told}
-    assert listed >= {*roles._OLLAMA, *roles._OPENAI}
-    assert {path for _, path in listed} >= {roles.ONE_MODEL, "/api/blobs/sha256:{digest}"}
+    assert listed >= {*endpoints._OLLAMA, *endpoints._OPENAI}
+    assert {path for _, path in listed} >= {endpoints.ONE_MODEL, "/api/blobs/sha256:{digest}"}
 
 
 def routes() -> dict[str, Any]:
@@ -223,7 +226,7 @@ def routes() -> dict[str, Any]:
 
 
 def test_the_table_of_prefixes_is_that_of_the_routes() -> None:
-    dialects = {"ollama": "Ollama", "openai": "OpenAI"}
+    dialects = {"ollama": "Ollama", "openai": "OpenAI", "problem": "problem"}
     real = []
     for route in routes()["virtual_hosts"][0]["routes"]:
         identity = route["typed_per_filter_config"]["identity"]

@@ -32,9 +32,9 @@ class Valkey:
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
+    def start(self, *options: str) -> None:
         self._process = subprocess.Popen(
-            [_binary(), "--unixsocket", self.socket, "--port", "0", "--save", ""],
+            [_binary(), "--unixsocket", self.socket, "--port", "0", "--save", "", *options],
             cwd=self._folder,
             stdout=subprocess.PIPE,
         )

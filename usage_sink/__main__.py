@@ -10,6 +10,7 @@ from parallama.clock import system_clock
 from parallama.config import Config
 from parallama.counters import Counters
 from parallama.db import Store
+from parallama.db.expired import remove_expired
 from parallama.db.ledger import add, prune
 from parallama.db.prices import prices_of
 from parallama.presence import LOOK_SECONDS, Presence, opened
@@ -107,13 +108,12 @@ async def main(config: Config, wait: bool) -> None:
                 presence.watch(partial(asyncio.sleep, LOOK_SECONDS)), name="database"
             ),
         ]
+        daily = partial(prune_daily, clock=system_clock, pause=partial(asyncio.sleep, _DAY_SECONDS))
+        # Here, because this process always runs, whether or not people log in with the other.
+        tidying = daily(partial(remove_expired, db), what="tokens", days=0)
+        loops.append(tasks.create_task(tidying, name="tokens"))
         if told.retention_days is not None:
-            pruning = prune_daily(
-                partial(prune, db),
-                days=told.retention_days,
-                clock=system_clock,
-                pause=partial(asyncio.sleep, _DAY_SECONDS),
-            )
+            pruning = daily(partial(prune, db), what="usage", days=told.retention_days)
             loops.append(tasks.create_task(pruning, name="retention"))
         async with writing(
             writer,

@@ -1,4 +1,4 @@
-"""Rows that are too old are removed, once a day."""
+"""What is too old is removed, once a day."""
 
 import logging
 from collections.abc import Awaitable, Callable
@@ -13,15 +13,24 @@ Pause = Callable[[], Awaitable[None]]
 
 
 async def prune_daily(
-    prune: Callable[[datetime], Awaitable[int]], *, days: int, clock: Clock, pause: Pause
+    prune: Callable[[datetime], Awaitable[int]],
+    *,
+    what: str,
+    days: int,
+    clock: Clock,
+    pause: Pause,
 ) -> None:
-    """For ever; the first time at once. A database that is away is asked again the next day."""
+    """
+    For ever; the first time at once. A database that is away is asked again the next day.
+
+    `what` is removed, for the log.
+    """
     while True:
         try:
             removed = await prune(datetime.fromtimestamp(clock(), UTC) - timedelta(days=days))
         except ParallamaError as error:
-            log.warning("old rows not removed", extra={"cause": str(error)})
+            log.warning("old rows not removed", extra={"of": what, "cause": str(error)})
         else:
             if removed:
-                log.info("old rows removed", extra={"rows": removed})
+                log.info("old rows removed", extra={"of": what, "rows": removed})
         await pause()

@@ -45,9 +45,14 @@ _FLAGS = {
 
 _TEXT, _NUMBER, _FLAG = "string_value", "number_value", "bool_value"
 _KINDS = {
-    c.AUTHZ: tuple(
-        (name, _TEXT)
-        for name in (c.USER, c.USERNAME, c.KEY, c.GATEWAY, c.DIALECT, c.ENDPOINT)
+    c.AUTHZ: (
+        *(
+            (name, _TEXT)
+            for name in (
+                c.USER, c.USERNAME, c.KEY, c.GATEWAY, c.DIALECT, c.ENDPOINT, c.RULE,
+            )
+        ),
+        (c.KNOWN_AT, _NUMBER),
     ),
     c.LUA: (
         *((name, _TEXT) for name in (c.MODEL, c.RESPONSE_MODEL, c.USAGE_SOURCE)),
@@ -63,6 +68,7 @@ _KINDS = {
     c.RATELIMIT: (
         *((name, _NUMBER) for name in (c.GRANTED, c.TOKENS_LEFT, c.REQUESTS_LEFT)),
         (c.GRANTS, _TEXT),
+        (c.DECISION, _TEXT),
     ),
 }  # fmt: skip
 

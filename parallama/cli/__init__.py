@@ -9,15 +9,21 @@ from typer.core import TyperGroup
 
 from parallama import __version__
 from parallama.cli import (
+    audit,
     config,
     db,
     envoy,
+    explain,
+    identities,
     init,
     keys,
     limits,
     prices,
     restart,
+    roles,
+    signing_keys,
     status,
+    tokens,
     up,
     usage,
     users,
@@ -87,7 +93,8 @@ def root(
     Keys, quotas and honest usage for a shared language-model server.
 
     Users, keys and limits go by name or id. Everything written to standard output is the answer,
-    in a table or with -o json; everything else goes to standard error. Nothing ever asks back.
+    in a table or with -o json; everything else goes to standard error. Nothing asks back, but for
+    passwords at a terminal.
     """
 
 
@@ -96,7 +103,21 @@ app.command()(up.up)
 app.command()(restart.restart)
 app.command()(envoy.envoy)
 app.command()(status.status)
-for _noun in (config, db, users, keys, limits, prices, usage):
+app.command()(explain.explain)
+for _noun in (
+    config,
+    db,
+    users,
+    identities,
+    roles,
+    keys,
+    limits,
+    prices,
+    usage,
+    audit,
+    tokens,
+    signing_keys,
+):
     app.add_typer(_noun.app)
 
 

@@ -1,40 +1,32 @@
 """What a command works with: configuration, database, the time, and a way to tell the services."""
 
 import asyncio
+import getpass
 import os
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from parallama import desk as manage
 from parallama.cli import running
 from parallama.cli.show import note
 from parallama.errors import ParallamaError, UsageError
 
 # Loaded late: a command that only prints its help needs none of them.
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncEngine
-
-    from parallama.changes import Change, Kind
+    from parallama.changes import Change
     from parallama.config import Config
 
 T = TypeVar("T")
 
 
-@dataclass
-class Desk:
-    """`changed` remembers what the services have to hear about once it is stored."""
+@dataclass(kw_only=True)
+class Desk(manage.Desk):
+    """That of someone at a terminal."""
 
     config: "Config"
-    engine: "AsyncEngine"
-    now: datetime
-    changes: list["Change"] = field(default_factory=list)
-
-    def changed(self, kind: "Kind", id: str = "") -> None:
-        from parallama.changes import Change
-
-        self.changes.append(Change(kind, id))
 
 
 def load_config(path: Path | None) -> "Config":
@@ -54,11 +46,26 @@ async def _run(config: "Config", work: Callable[[Desk], Awaitable[T]]) -> T:
     from parallama.db.manage.schema import managed
 
     async with managed(config.database) as engine:
-        desk = Desk(config, engine, datetime.now(UTC))
+        desk = Desk(
+            engine=engine,
+            now=datetime.now(UTC),
+            by=operator(),
+            roles=config.known_roles,
+            config=config,
+        )
         result = await work(desk)
     if desk.changes:
         await _tell(config, desk.changes)
     return result
+
+
+def operator() -> manage.Actor:
+    """Whoever runs this, by the name that the operating system has for them."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # no name and no environment, as in a small container
+        name = f"uid {os.getuid()}"
+    return manage.Actor(name, "cli")
 
 
 async def _tell(config: "Config", changes: list["Change"]) -> None:

@@ -5,14 +5,22 @@ import json
 import os
 import secrets
 import shlex
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from urllib.parse import urlsplit
 
 import typer
 
+from parallama.cli import passwords
+from parallama.cli.desk import operator
 from parallama.cli.show import note
 from parallama.errors import Conflict, ParallamaError, UsageError
+from parallama.roles import Role
+
+if TYPE_CHECKING:
+    from parallama.config import Config
 
 _CONFIG = """\
 # Parallama. What is left out has its default: config.example.yaml lists every setting.
@@ -52,8 +60,16 @@ def init(
     upstream: Annotated[
         str, typer.Option(metavar="URL", help="The Ollama, or the like, to stand before.")
     ] = "http://127.0.0.1:11434",
+    admin: Annotated[
+        str, typer.Option(metavar="NAME", help="The first admin, where a password is given.")
+    ] = "admin",
+    password_file: passwords.PasswordFile = None,
 ) -> None:
-    """Write DIR/config.yaml and secrets, and create the database. Never overwrites a config."""
+    """
+    Write DIR/config.yaml and secrets, and create the database. Never overwrites a config.
+
+    At a terminal it asks for the password of the first admin; there is none that comes with it.
+    """
     host, port = _parse_listen(listen)
     upstream_host, upstream_port = _parse_upstream(upstream)
     text = _CONFIG.format(
@@ -65,14 +81,19 @@ def init(
     path = dir / "config.yaml"
     if path.exists():
         raise _taken(path)
+    password = _password(admin, password_file)
     try:
         _make_folder(dir)
         _make_folder(dir / "secrets")
         _write_secret(dir / "secrets" / "redis_password")
-        _write_config(path, text)
+        _write_config(path, text, lambda config: _prepare(config, admin, password))
     except OSError as error:
         raise ParallamaError(f"cannot write {error.filename or dir}: {error.strerror}") from error
     print(f"wrote {path}")
+    if password is None:
+        note("No admin yet: parallama users create admin --role admin, then users set-password")
+    else:
+        note(f"The admin is called {admin}.")
     note(
         f"Next: export PARALLAMA_CONFIG={shlex.quote(str(path.absolute()))}\n"
         "      parallama up\n"
@@ -80,16 +101,55 @@ def init(
     )
 
 
-def _write_config(path: Path, text: str) -> None:
+def _password(admin: str, file: Path | None) -> str | None:
+    """That of the first admin, checked before anything is written; None where nobody gave one."""
+    if file is None and not passwords.at_terminal():
+        return None
+    if file is None:
+        password = passwords.ask(f"Password for {admin} (empty: no admin yet)")
+    else:
+        password = passwords.read(file)
+    if not password:
+        return None
+    from parallama.config import Authentication
+    from parallama.db import names
+    from parallama.passwords import check
+
+    name = names.check_username(admin)
+    check(password, username=name, min_length=Authentication().password_min_length)
+    return password
+
+
+async def _prepare(config: "Config", admin: str, password: str | None) -> None:
+    """The database, and in it the admin."""
+    from parallama.db.manage import people
+    from parallama.db.manage.schema import managed, upgrade
+    from parallama.desk import Desk
+
+    await upgrade(config.database)
+    if password is None:
+        return
+    async with managed(config.database) as engine:
+        desk = Desk(engine=engine, now=datetime.now(UTC), by=operator())
+        try:
+            await people.create_user(desk, admin, Role.ADMIN)
+        except Conflict:  # left by an earlier attempt
+            await people.update_user(desk, admin, role=Role.ADMIN)
+        settings = config.authentication
+        await people.set_password(desk, admin, password, settings=settings)
+
+
+def _write_config(
+    path: Path, text: str, prepare: Callable[["Config"], Coroutine[Any, Any, None]]
+) -> None:
     """Under its own name it appears last: what is there is whole, and has its database."""
     from parallama.config import load
-    from parallama.db.manage.schema import upgrade
 
     fresh = path.with_name(f".config.yaml.{os.getpid()}")
     try:
         fresh.touch(0o600)
         fresh.write_text(text, encoding="utf-8")
-        asyncio.run(upgrade(load(fresh, os.environ).database))
+        asyncio.run(prepare(load(fresh, os.environ)))
         os.link(fresh, path)  # unlike a rename, refuses to overwrite
     except FileExistsError:
         raise _taken(path) from None

@@ -129,15 +129,13 @@ def set_(
         from parallama.db.manage import limits
 
         policy = await limits.set_limits(
-            desk.engine,
+            desk,
             scope,
             gateway=gateway,
             model=model,
             amounts=amounts,
-            now=desk.now,
             shadow=shadow,
         )
-        desk.changed("limits", policy.user_id or "")
         return desk, policy
 
     desk, policy = run(config, work)
@@ -172,8 +170,8 @@ def list_(
     async def work(desk: Desk) -> tuple[Desk, list["Policy"], "Refusals"]:
         from parallama.db.manage import limits
 
-        policies = await limits.list_limits(desk.engine, scope)
-        user = None if scope is None else await limits.user_of(desk.engine, scope)
+        policies = await limits.list_limits(desk.engine, scope, roles=desk.roles)
+        user = None if scope is None else await limits.user_of(desk.engine, scope, roles=desk.roles)
         return desk, policies, await refusals(desk, policies, user)
 
     desk, policies, no_room = run(config, work)
@@ -205,10 +203,9 @@ def unset(
     async def work(desk: Desk) -> int:
         from parallama.db.manage import limits
 
-        whose, removed = await limits.unset_limits(
-            desk.engine, scope, gateway=gateway, model=model, shadow=True if shadow else None
+        _, removed = await limits.unset_limits(
+            desk, scope, gateway=gateway, model=model, shadow=True if shadow else None
         )
-        desk.changed("limits", whose.user_id or "")
         return removed
 
     show({"removed": run(config, work)}, output)
@@ -265,16 +262,14 @@ def grant(
         from parallama.db.manage import grants
 
         made = await grants.grant(
-            desk.engine,
+            desk,
             user,
             unit,
             amount,
-            now=desk.now,
             until=parse_end(until, desk.now, desk.config.rate_limiting.zone),
             gateway=gateway,
             model=model,
         )
-        desk.changed("limits", made.user_id)
         return desk, made
 
     desk, made = run(config, work)
@@ -313,9 +308,7 @@ def revoke_grant(
     async def work(desk: Desk) -> tuple[Desk, "Granted"]:
         from parallama.db.manage import grants
 
-        revoked = await grants.revoke_grant(desk.engine, id)
-        desk.changed("limits", revoked.user_id)
-        return desk, revoked
+        return desk, await grants.revoke_grant(desk, id)
 
     desk, revoked = run(config, work)
     show(_grant_row(revoked, desk, output), output)

@@ -19,6 +19,12 @@ class Output(StrEnum):
     CSV = "csv"
 
 
+class FileFormat(StrEnum):
+    CSV = "csv"
+    JSON = "json"
+    NDJSON = "ndjson"
+
+
 def _inherit(ctx: typer.Context, path: Path | None) -> Path | None:
     """`--config` may stand before the noun or behind the verb; the nearer one counts."""
     inherited: Path | None = ctx.find_root().params.get("config")

@@ -58,8 +58,7 @@ def set_(
         from parallama.prices import Price
 
         price = Price(model, of_prompt, of_completion, of_cached, of_second)
-        listed = await prices.set_price(desk.engine, price, now=desk.now)
-        desk.changed("prices")
+        listed = await prices.set_price(desk, price)
         return listed
 
     show(_row(run(config, work)), output)
@@ -84,8 +83,7 @@ def unset(model: Model, config: ConfigPath = None, output: OutputFormat = Output
     async def work(desk: Desk) -> None:
         from parallama.db.manage import prices
 
-        await prices.unset_price(desk.engine, model)
-        desk.changed("prices")
+        await prices.unset_price(desk, model)
 
     run(config, work)
     show({"removed": 1}, output)

@@ -8,7 +8,7 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from parallama.cli.options import Output
+from parallama.cli.options import FileFormat, Output
 from parallama.money import plain
 
 Row = Mapping[str, Any]
@@ -25,7 +25,7 @@ class Printer:
     field and are written as the rows come, so a million of them need no memory.
     """
 
-    def __init__(self, output: Output, columns: Sequence[str]) -> None:
+    def __init__(self, output: Output | FileFormat, columns: Sequence[str]) -> None:
         self._output = output
         self._columns = columns
         self._count = 0
@@ -36,9 +36,11 @@ class Printer:
         match self._output:
             case Output.TABLE:
                 self._table.append([row[column] for column in self._columns])
-            case Output.JSON:
+            case Output.JSON | FileFormat.JSON:
                 print("[" if self._count == 0 else ",", f"  {_json(row)}", sep="\n", end="")
-            case Output.CSV:
+            case FileFormat.NDJSON:
+                print(_json(row))
+            case Output.CSV | FileFormat.CSV:
                 if self._count == 0:
                     self._csv.writerow(row)
                 self._csv.writerow(_csv_cell(value) for value in row.values())
@@ -47,7 +49,7 @@ class Printer:
     def end(self) -> None:
         if self._output is Output.TABLE:
             _print_table([column.replace("_", " ") for column in self._columns], self._table)
-        elif self._output is Output.JSON:
+        elif self._output in (Output.JSON, FileFormat.JSON):
             print("\n]" if self._count else "[]")
 
 
@@ -125,6 +127,8 @@ def _csv_cell(value: object) -> object:
             return iso(value)
         case list() | tuple():
             value = ",".join(map(str, value))
+        case Mapping():
+            value = _json(value)
         case bool():
             return "true" if value else "false"
         case Decimal():

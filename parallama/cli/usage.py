@@ -1,14 +1,23 @@
 """`parallama usage`."""
 
+import json
 from dataclasses import asdict
 from datetime import UTC, datetime
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from parallama.cli.desk import Desk, run
-from parallama.cli.options import ConfigPath, Output, OutputFormat, Since, Until, parse_past, split
+from parallama.cli.options import (
+    ConfigPath,
+    FileFormat,
+    Output,
+    OutputFormat,
+    Since,
+    Until,
+    parse_past,
+    split,
+)
 from parallama.cli.prune import prune
 from parallama.cli.reconcile import reconcile
 from parallama.cli.show import Printer, note, show_rows
@@ -33,11 +42,6 @@ _SUMS = (
 User = Annotated[
     str | None, typer.Option(help="Only this user's, by name or id; also of a deleted one.")
 ]
-
-
-class FileFormat(StrEnum):
-    CSV = "csv"
-    JSON = "json"
 
 
 @app.command("list")
@@ -100,7 +104,7 @@ def export(
     until: Until = None,
     config: ConfigPath = None,
     output: Annotated[
-        FileFormat, typer.Option("--output", "-o", help="The format.")
+        FileFormat, typer.Option("--output", "-o", help="The format; ndjson has a line for each.")
     ] = FileFormat.CSV,
 ) -> None:
     """
@@ -108,7 +112,7 @@ def export(
 
     In CSV, text that a spreadsheet would take for a formula has a ' before it.
     """
-    _print(config, _which(user, since, until), Printer(Output(output), ()), newest_first=False)
+    _print(config, _which(user, since, until), Printer(output, ()), newest_first=False)
 
 
 app.command()(prune)
@@ -146,5 +150,7 @@ def _which(user: str | None, since: str | None, until: str | None) -> "Which":
 
 def _row(record: "UsageRecord") -> dict[str, Any]:
     fields = asdict(record)
+    if record.decision is not None:
+        fields["decision"] = json.loads(record.decision)
     row = {"request_id": fields.pop("request_id"), "timestamp": fields.pop("timestamp")}
     return row | {"user": fields.pop("username")} | fields

@@ -1,11 +1,13 @@
 """`parallama users`."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from parallama.cli import passwords
 from parallama.cli.desk import Desk, run
-from parallama.cli.options import ConfigPath, Output, OutputFormat, UserArgument
+from parallama.cli.options import ConfigPath, Output, OutputFormat, UserArgument, split
 from parallama.cli.show import show, show_rows
 from parallama.errors import UsageError
 from parallama.roles import Role
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(name="users", help="Who may come in.", no_args_is_help=True)
 
-_COLUMNS = ("username", "role", "disabled_at", "created_at", "id")
+_COLUMNS = ("username", "role", "more_roles", "disabled_at", "created_at", "id")
 
 
 @app.command()
@@ -23,7 +25,12 @@ def create(
     name: Annotated[
         str, typer.Argument(help="Up to 255 visible characters, without spaces and ':'.")
     ],
-    role: Annotated[Role, typer.Option(help="What the user may do.")] = Role.USER,
+    role: Annotated[
+        str, typer.Option(help="What the user may do, and whose default limits count.")
+    ] = Role.USER.value,
+    more_roles: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Roles that grant more besides.")
+    ] = None,
     config: ConfigPath = None,
     output: OutputFormat = Output.TABLE,
 ) -> None:
@@ -32,7 +39,7 @@ def create(
     async def work(desk: Desk) -> "User":
         from parallama.db.manage import people
 
-        return await people.create_user(desk.engine, name, role, now=desk.now)
+        return await people.create_user(desk, name, role, more_roles=split(more_roles) or ())
 
     show(_row(run(config, work)), output)
 
@@ -64,26 +71,27 @@ def get(user: UserArgument, config: ConfigPath = None, output: OutputFormat = Ou
 @app.command()
 def update(
     user: UserArgument,
-    role: Annotated[Role | None, typer.Option(help="The new role.")] = None,
+    role: Annotated[str | None, typer.Option(help="The new role.")] = None,
+    more_roles: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="All roles that grant more besides; '' for none."),
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="The new name. Usage so far keeps the old one.")
     ] = None,
     config: ConfigPath = None,
     output: OutputFormat = Output.TABLE,
 ) -> None:
-    """Change a user's role or name. It counts within a second."""
-    if role is None and name is None:
-        raise UsageError("nothing to change: name --role or --name")
+    """Change a user's roles or name. It counts within a second."""
+    if role is None and more_roles is None and name is None:
+        raise UsageError("nothing to change: name --role, --more-roles or --name")
 
     async def work(desk: Desk) -> "User":
         from parallama.db.manage import people
 
-        changed = await people.update_user(
-            desk.engine, user, now=desk.now, role=role, username=name
+        return await people.update_user(
+            desk, user, role=role, more_roles=split(more_roles), username=name
         )
-        desk.changed("user", changed.id)
-        desk.changed("limits", changed.id)  # another role has other defaults
-        return changed
 
     show(_row(run(config, work)), output)
 
@@ -97,9 +105,7 @@ def disable(
     async def work(desk: Desk) -> "User":
         from parallama.db.manage import people
 
-        changed = await people.disable_user(desk.engine, user, now=desk.now)
-        desk.changed("user", changed.id)
-        return changed
+        return await people.disable_user(desk, user)
 
     show(_row(run(config, work)), output)
 
@@ -113,9 +119,53 @@ def enable(
     async def work(desk: Desk) -> "User":
         from parallama.db.manage import people
 
-        changed = await people.enable_user(desk.engine, user, now=desk.now)
-        desk.changed("user", changed.id)
-        return changed
+        return await people.enable_user(desk, user)
+
+    show(_row(run(config, work)), output)
+
+
+@app.command("set-password")
+def set_password(
+    user: UserArgument,
+    password_file: passwords.PasswordFile = None,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Let the user not log in at all any more.")
+    ] = False,
+    config: ConfigPath = None,
+    output: OutputFormat = Output.TABLE,
+) -> None:
+    """
+    Give a user a password to log in with. All sessions of the user end; keys stay good.
+
+    It is asked for at a terminal, else read from standard input.
+    """
+    password = None
+    if remove and password_file is not None:
+        raise UsageError("name either --remove or --password-file")
+    if not remove and password_file is None and passwords.at_terminal():
+        password = passwords.ask(f"New password for {user}")
+    elif not remove:
+        password = passwords.read(password_file or Path("-"))
+
+    async def work(desk: Desk) -> "User":
+        from parallama.db.manage import people
+
+        settings = desk.config.authentication
+        return await people.set_password(desk, user, password, settings=settings)
+
+    show(_row(run(config, work)), output)
+
+
+@app.command("log-out")
+def log_out(
+    user: UserArgument, config: ConfigPath = None, output: OutputFormat = Output.TABLE
+) -> None:
+    """End all of a user's sessions within a second. Keys stay good."""
+
+    async def work(desk: Desk) -> "User":
+        from parallama.db.manage import people
+
+        return await people.log_out(desk, user)
 
     show(_row(run(config, work)), output)
 
@@ -129,10 +179,7 @@ def delete(
     async def work(desk: Desk) -> "User":
         from parallama.db.manage import people
 
-        deleted = await people.delete_user(desk.engine, user)
-        desk.changed("user", deleted.id)
-        desk.changed("limits", deleted.id)
-        return deleted
+        return await people.delete_user(desk, user)
 
     show(_row(run(config, work)), output)
 
@@ -142,7 +189,9 @@ def _row(user: "User") -> dict[str, Any]:
         "id": user.id,
         "username": user.username,
         "role": user.role,
+        "more_roles": user.more_roles,
         "created_at": user.created_at,
         "updated_at": user.updated_at,
         "disabled_at": user.disabled_at,
+        "has_password": user.has_password,
     }

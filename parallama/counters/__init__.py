@@ -61,8 +61,11 @@ def _script(name: str) -> Script:
 _RESERVE, _SETTLE, _CLOSE = map(_script, ("reserve.lua", "settle.lua", "close.lua"))
 _EXPIRE, _DROP, _OVERDUE = map(_script, ("expire.lua", "drop.lua", "overdue.lua"))
 _BEGIN, _SEED, _CHARGE = map(_script, ("begin.lua", "seed.lua", "charge.lua"))
-_NO_ROOM = _script("no_room.lua")
-_SCRIPTS = (_RESERVE, _SETTLE, _CLOSE, _EXPIRE, _DROP, _OVERDUE, _BEGIN, _SEED, _CHARGE, _NO_ROOM)
+_LOOK, _NO_ROOM = map(_script, ("look.lua", "no_room.lua"))
+_SCRIPTS = (
+    *(_RESERVE, _SETTLE, _CLOSE, _EXPIRE, _DROP, _OVERDUE),
+    *(_BEGIN, _SEED, _CHARGE, _LOOK, _NO_ROOM),
+)
 
 NOT_KNOWN = -1
 NOT_COUNTED = -2
@@ -113,6 +116,15 @@ class Level:
 
 
 @dataclass(frozen=True, slots=True)
+class Seen:
+    """What a bucket holds. It is not `known` where that has to be looked up in the usage rows."""
+
+    used: int
+    reserved: int
+    known: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Taken:
     """
     Whether there was room; the tokens held; a level for each hold.
@@ -156,10 +168,18 @@ class Counters:
         self._lease = lease
 
     async def reserve(
-        self, call: Call, holds: Sequence[Hold], *, tokens: int, least: int, now: float
+        self,
+        call: Call,
+        holds: Sequence[Hold],
+        *,
+        tokens: int,
+        least: int,
+        now: float,
+        take: bool = True,
     ) -> Taken:
         """
-        Take every hold, or change nothing; the same call again is the same place.
+        Take every hold, or change nothing; the same call again is the same place. Without `take`,
+        only say what would come of it.
 
         `tokens` are held where a hold counts tokens; with `least` above 0 it may be fewer, down to
         that, where no more is left.
@@ -175,7 +195,8 @@ class Counters:
             keep = max(keep, stays)
         facts = _JSON.encode(_facts(call))
         # Twice the lease after its row is due, so that it can be named again until that is stored.
-        args = [at, self._lease, keep + 3 * self._lease, tokens, least, facts, *told]
+        lease = self._lease if take else 0
+        args = [at, lease, keep + 3 * self._lease, tokens, least, facts, *told]
         taken, held, *levels = await self._scripts.run(_RESERVE, keys, args)
         return Taken(
             taken == 1,
@@ -222,6 +243,17 @@ class Counters:
         used = (spent.tokens, spent.compute, spent.cost)
         args = (int(now), *used, _REPEAT_SECONDS, f"{began:.6f}", facts)
         return self._scripts.run(_CLOSE, keys, args, patient=True)
+
+    async def look(self, user: str, holds: Sequence[Hold], now: float) -> list[Seen]:
+        """What is in each of these buckets; nothing is taken."""
+        names = _names(user)
+        keys = [names.known]
+        told: list[str | int] = []
+        for hold in holds:
+            keys.append(names.buckets + hold.name)
+            told += [KINDS[hold.unit], hold.start]
+        found = await self._scripts.run(_LOOK, keys, [int(now), *told])
+        return [Seen(found[i], found[i + 1], found[i + 2] == 1) for i in range(0, len(found), 3)]
 
     async def expire(self, now: float) -> list[Lost]:
         """

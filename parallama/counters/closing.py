@@ -4,7 +4,7 @@ from asyncio import Future, gather
 from collections.abc import Iterable
 
 from parallama.counters import NOT_COUNTED, Call, Counters
-from parallama.roles import METERED
+from parallama.endpoints import METERED
 from parallama.usage import UsageRecord
 
 

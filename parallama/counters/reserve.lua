@@ -5,7 +5,7 @@
 -- KEYS[3]  known
 -- KEYS[4..] buckets
 -- ARGV[1]  now, in seconds
--- ARGV[2]  seconds until the lease ends
+-- ARGV[2]  seconds until the lease ends; 0 to take nothing and only say what would come of it
 -- ARGV[3]  seconds to keep the record
 -- ARGV[4]  tokens wanted
 -- ARGV[5]  fewest tokens that are of use; 0 where the call cannot be capped
@@ -87,6 +87,7 @@ if not room then
   answer[1] = 0
   return answer
 end
+if lease == 0 then return answer end
 
 local record = { 'o', wanted, '-' }
 for i = 4, #KEYS do

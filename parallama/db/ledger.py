@@ -75,8 +75,10 @@ ON CONFLICT DO NOTHING
 
 _USED = """
 UPDATE api_keys SET last_used_at = ?
-WHERE id = ? AND (last_used_at IS NULL OR last_used_at < ?)
+WHERE id = ? AND (last_used_at IS NULL OR last_used_at <= ?)
 """
+# A key's last use is known to the minute: most batches have none to note.
+_USED_STEP = timedelta(minutes=1)
 _ADMITTED = "\n  ".join(f"AND ',' || flags || ',' NOT LIKE '%,{flag},%'" for flag in NOT_ADMITTED)
 _SUMS = """
 SELECT {} AS span, gateway_type, model_name, key_id, grants, COUNT(*),
@@ -342,7 +344,9 @@ def _last_uses(rows: Sequence[_Row]) -> list[_Row]:
         if key is not None and (key not in newest or newest[key] < at):
             newest[key] = at
     # In one order, as above.
-    return [(newest[key], key, newest[key]) for key in sorted(newest) if looks_like_id(key)]
+    return [
+        (newest[key], key, newest[key] - _USED_STEP) for key in sorted(newest) if looks_like_id(key)
+    ]
 
 
 def _ids(count: int) -> list[str]:

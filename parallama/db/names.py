@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from ipaddress import ip_network
 
 from parallama.errors import UsageError
+from parallama.roles import GATEWAYS
 
 _LONGEST = 255
 _ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.IGNORECASE)
@@ -63,6 +64,21 @@ def check_networks(networks: Iterable[str] | None) -> list[str] | None:
     if not checked:
         raise UsageError("name at least one network, or leave the option out to allow all")
     return list(dict.fromkeys(checked))
+
+
+def check_gateways(gateways: Iterable[str] | None) -> list[str] | None:
+    """None means every gateway."""
+    if gateways is None:
+        return None
+    checked = list(dict.fromkeys(gateways))
+    unknown = [gateway for gateway in checked if gateway not in GATEWAYS]
+    if unknown or not checked:
+        raise UsageError(
+            f"there is no gateway {unknown[0]!r}: the gateways are {', '.join(GATEWAYS)}"
+            if unknown
+            else "name at least one gateway, or leave the option out to allow all"
+        )
+    return checked
 
 
 def normal(name: str) -> str:

@@ -1,11 +1,12 @@
 """Which limits and grants does this user have? What ratelimit asks."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from types import MappingProxyType
 
+from parallama.clock import system_clock
 from parallama.db.store import Store
 from parallama.limits import Grant, Limit, Unit, Window, merge
 
@@ -60,10 +61,15 @@ ORDER BY expires_at, id
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """All that decides how much a user may use. Grants that end soon come first."""
+    """
+    All that decides how much a user may use. Grants that end soon come first.
+
+    `read_at` is when the database said so, in seconds since the epoch.
+    """
 
     limits: tuple[Limit, ...]
     grants: tuple[Grant, ...]
+    read_at: float = field(default=0.0, compare=False)
 
 
 async def policy_of(store: Store, user_id: str) -> Policy:
@@ -71,6 +77,7 @@ async def policy_of(store: Store, user_id: str) -> Policy:
     What counts for this user: the role's defaults, cell by cell replaced by the user's own, and
     what the user's keys are limited to besides.
     """
+    read_at = system_clock()
     defaults: list[Limit] = []
     own: list[Limit] = []
     rows = await store.read(_LIMITS_OF, (user_id,) * 6)
@@ -84,7 +91,7 @@ async def policy_of(store: Store, user_id: str) -> Policy:
     may_have_grants = rows[0][-1] if rows else True
     found = await store.read(_GRANTS_OF, (user_id,)) if may_have_grants else []
     grants = [_grant(*row) for row in found]
-    return Policy(merge(defaults, own), tuple(grants))
+    return Policy(merge(defaults, own), tuple(grants), read_at)
 
 
 def amount_in_parts(unit: Unit, amount: int | Decimal) -> int:

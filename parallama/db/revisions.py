@@ -2,7 +2,7 @@
 
 from parallama.errors import SchemaError
 
-REVISIONS = ("0001", "0002")
+REVISIONS = ("0001", "0002", "0003")
 HEAD = REVISIONS[-1]
 
 

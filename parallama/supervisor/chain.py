@@ -55,12 +55,12 @@ class Chain:
             with folder.writing(config.state_dir):
                 valkey = children.valkey(config)
             await self._start([valkey])
-        services = [children.service(name, config) for name in children.SERVICES]
-        await self._start([*services, *model])
-        await self._start_envoy()
+        needed, beside = children.services(config)
+        await self._start([*needed, *model])
+        await asyncio.gather(self._start(beside), self._start_envoy())
 
     async def _start_envoy(self) -> None:
-        """The last of all."""
+        """The last of what has to serve before a request comes in."""
         await self._start([await self._envoys.first()])
         self._serving = True
 

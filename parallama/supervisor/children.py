@@ -17,16 +17,24 @@ from parallama.supervisor import envoy_admin
 from parallama.supervisor.child import Command
 from parallama.supervisor.hot_restart import Lineage
 
-SERVICES = ("authz", "ratelimit", "usage_sink")
+SERVICES = ("authz", "ratelimit", "usage_sink", "admin")
+
+_MODULES = {"admin": "parallama.admin"}
 
 # gRPC and bcrypt use threads; one memory arena for each of them is wasted on processes this small.
 _LEAN = {"MALLOC_ARENA_MAX": "2", "PYTHONUNBUFFERED": "1"}
 
 
+def services(config: Config) -> tuple[list[Command], list[Command]]:
+    """Those that Envoy needs for every request, and those that may come while it serves."""
+    needed = [service(name, config) for name in SERVICES if name != "admin"]
+    return needed, [service("admin", config)] * config.admin.enabled
+
+
 def service(name: str, config: Config) -> Command:
     """To take its place it needs the database; once it served it waits for one that is away."""
     listen = config.run_dir / f"{name}.sock"
-    argv = [sys.executable, "-P", "-m", name, "--config", str(config.source)]
+    argv = [sys.executable, "-P", "-m", _MODULES.get(name, name), "--config", str(config.source)]
     return Command(
         name=name,
         argv=[*argv, "--no-wait"],

@@ -27,7 +27,8 @@ TRIAL = "trial.yaml"
 
 TRIAL_SOCKET = "run/trial.sock"
 
-_STARTING = ("lua", "envoy.yaml", "clusters.yaml", "routes.yaml")
+_FOLDERS = {"lua": "*.lua", "wasm": "*.wasm"}
+_STARTING = (*_FOLDERS, "envoy.yaml", "clusters.yaml", "routes.yaml")
 _LISTENERS = "listeners-{}.yaml"
 
 RELOADING = ("lua", "clusters.yaml", "routes.yaml")
@@ -61,9 +62,10 @@ def write(config: Config, upstream: Upstream, into: Path, number: int) -> None:
     """
     source = config.envoy.dir or packaged()
     shutil.rmtree(into, ignore_errors=True)
-    (into / "lua").mkdir(parents=True, mode=0o700)
-    for script in sorted((source / "lua").glob("*.lua")):
-        (into / "lua" / script.name).write_text(_text(script), encoding="utf-8")
+    for folder, pattern in _FOLDERS.items():
+        (into / folder).mkdir(parents=True, mode=0o700)
+        for file in sorted((source / folder).glob(pattern)):
+            (into / folder / file.name).write_bytes(_bytes(file))
 
     bootstrap, clusters, routes = (
         _read(source / name) for name in ("envoy.yaml", "clusters.yaml", "routes.yaml")
@@ -93,9 +95,10 @@ def write(config: Config, upstream: Upstream, into: Path, number: int) -> None:
 
 def place(names: Iterable[str], written: Path, into: Path) -> None:
     """Move what `write` wrote to where Envoy reads it, file by file: it reloads what is renamed."""
-    (into / "lua").mkdir(mode=0o700, parents=True, exist_ok=True)
+    for folder in _FOLDERS:
+        (into / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
     for name in names:
-        for file in sorted((written / name).iterdir()) if name == "lua" else [written / name]:
+        for file in _files(written / name):
             os.replace(file, into / file.relative_to(written))
 
 
@@ -112,7 +115,11 @@ def put_back(at: Path, placed: Path) -> None:
 def waiting(written: Path, placed: Path, number: int) -> bool:
     """Whether `write` made something that a running Envoy does not take up."""
     kept = set(starting(number)) - set(RELOADING)
-    return any((written / name).read_bytes() != (placed / name).read_bytes() for name in kept)
+    return any(
+        _differ(file, placed / file.relative_to(written))
+        for name in kept
+        for file in _files(written / name)
+    )
 
 
 def close_listeners(folder: Path, number: int | None = None) -> None:
@@ -146,11 +153,25 @@ def _read(path: Path) -> Any:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ParallamaError(f"cannot read {path}: {error.strerror}") from error
+        return _bytes(path).decode()
     except UnicodeDecodeError as error:
         raise ParallamaError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ParallamaError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _differ(file: Path, other: Path) -> bool:
+    return not other.is_file() or file.read_bytes() != other.read_bytes()
+
+
+def _files(path: Path) -> list[Path]:
+    """Itself, or what lies in it."""
+    return sorted(path.iterdir()) if path.is_dir() else [path]
 
 
 def _gateway(bootstrap: Any) -> tuple[Any, Any]:

@@ -4,12 +4,16 @@ from dataclasses import replace
 from typing import Any
 
 from envoy.service.auth.v3 import external_auth_pb2 as pb
+from redis.asyncio import Redis
 
+from authz.bearers import Bearers
 from authz.decide import Asked
+from authz.signed import SEEN, Signatures
 from parallama import contract as c
 from parallama import keys
-from parallama.db.accounts import KeyRecord
-from parallama.roles import Role
+from parallama.db.accounts import Account, KeyRecord
+from parallama.pipeline import Pipeline
+from parallama.roles import BUILT_IN, Role
 
 NOW = 1_772_366_400.0
 MINTED = keys.mint(lambda count: bytes([7]) * count, rounds=4)
@@ -18,19 +22,13 @@ TOKEN = MINTED.token
 _WRONG_BODY = TOKEN[:17] + "A" * 43
 WRONG = _WRONG_BODY + keys._checksum(_WRONG_BODY)
 
+ACCOUNT = Account("user-1", "anna", Role.USER, BUILT_IN[Role.USER])
 _KEY = KeyRecord(
     id="key-1",
     public_id=MINTED.public_id,
     secret_hash=MINTED.secret_hash,
     name="laptop",
-    user_id="user-1",
-    username="anna",
-    role=Role.USER,
-    user_disabled=False,
-    revoked=False,
-    expires_at=None,
-    models=None,
-    networks=None,
+    account=ACCOUNT,
 )
 _ASKED = Asked(
     method="POST",
@@ -43,8 +41,32 @@ _ASKED = Asked(
 )
 
 
-def a_key(**fields: Any) -> KeyRecord:
-    return replace(_KEY, **fields)
+def a_key(
+    *, role: str = Role.USER, disabled: bool = False, user_id: str = "user-1", **fields: Any
+) -> KeyRecord:
+    account = replace(
+        ACCOUNT,
+        id=user_id,
+        role=role,
+        permissions=BUILT_IN.get(role, frozenset()),
+        disabled=disabled,
+    )
+    return replace(_KEY, **{"account": account, **fields})
+
+
+def no_signatures() -> Signatures:
+    """Knows no public key, and has no Redis either."""
+
+    async def find(public_id: str) -> KeyRecord | None:
+        return None
+
+    memory = Pipeline(Redis(unix_socket_path="nowhere.sock"), SEEN, timeout=0.1)
+    return Signatures(find, memory, window=60, size=1, clock=lambda: NOW)
+
+
+def no_tokens() -> Bearers:
+    """Trusts nobody's tokens."""
+    return Bearers({}, size=1, skew=0, clock=lambda: NOW)
 
 
 def an_ask(**fields: Any) -> Asked:

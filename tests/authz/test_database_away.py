@@ -19,14 +19,14 @@ from authz.service import Authz
 from parallama.changes import Change
 from parallama.config import Database
 from parallama.db.accounts import find_key
-from parallama.db.manage import people
+from parallama.db.manage import credentials, people
 from parallama.db.manage.schema import managed
 from parallama.health import serves
 from parallama.presence import Presence, opened
 from parallama.roles import Role
-from tests.authz.make import MINTED, NOW, TOKEN, a_check
+from tests.authz.make import MINTED, NOW, TOKEN, a_check, no_signatures, no_tokens
 from tests.parallama.db_on_disk import NOW as MADE
-from tests.parallama.db_on_disk import a_minted
+from tests.parallama.db_on_disk import a_desk, a_minted
 from tests.postgres import Postgres
 
 ROOT = Path(__file__).parents[2]
@@ -50,8 +50,8 @@ def at(server: Postgres) -> Iterator[Database]:
     async def fill() -> None:
         async with managed(database) as engine:
             for name, minted in (("anna", MINTED), ("ben", a_minted(8))):
-                await people.create_user(engine, name, Role.USER, now=MADE)
-                await people.create_key(engine, name, minted, now=MADE, name=name)
+                await people.create_user(a_desk(engine, MADE), name, Role.USER)
+                await credentials.create_key(a_desk(engine, MADE), name, minted, name=name)
 
     asyncio.run(fill())
     yield database
@@ -66,7 +66,7 @@ class Scene:
         self.keyring = keyring
         self.presence = presence
         self.now = 0.0
-        self._service = Authz(keyring, gateways=("openai",), clock=lambda: NOW)
+        self._service = Authz(keyring, no_signatures(), gateways=("openai",), clock=lambda: NOW)
 
     async def later(self, seconds: float) -> None:
         self.now += seconds
@@ -87,7 +87,7 @@ class Scene:
 def told(at: Database, story: Callable[[Scene], Awaitable[None]]) -> None:
     async def inside() -> None:
         async with opened(at) as db:
-            keyring = Keyring(partial(find_key, db), size=100)
+            keyring = Keyring(partial(find_key, db), no_tokens(), size=100)
             scene: Scene
             presence = Presence(
                 db, monotonic=lambda: scene.now, patience=HOUR, too_long=keyring.forget_all
@@ -144,7 +144,7 @@ def test_a_change_that_is_heard_of_counts_also_while_the_database_is_away(
     async def story(scene: Scene) -> None:
         assert await scene.status() == 200
         assert await scene.status(BENS) == 200
-        known = scene.keyring.peek(TOKEN)
+        known = scene.keyring.at_once(TOKEN)
         assert known is not None
         server.stop()
         await scene.later(1)

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from authz.decide import UNKNOWN_KEY
 from authz.keyring import Keyring
 from parallama import keys
 from parallama.changes import Change
 from parallama.db.accounts import KeyRecord, find_key
-from parallama.db.manage import people
+from parallama.db.manage import credentials, people
 from parallama.errors import Unavailable
 from parallama.roles import Role
-from tests.authz.make import MINTED, TOKEN, WRONG, a_key
-from tests.parallama.db_on_disk import NOW, Opened, a_minted, on
+from tests.authz.make import MINTED, TOKEN, WRONG, a_key, no_tokens
+from tests.parallama.db_on_disk import Opened, a_minted, on
 
 UNKNOWN = a_minted(99).token
 
@@ -40,27 +41,27 @@ def with_keys(folder: Path, story: Story, *, size: int = 100) -> None:
 
     async def told(at: Opened) -> None:
         for name, minted in (("anna", MINTED), ("ben", a_minted(8))):
-            await people.create_user(at.engine, name, Role.USER, now=NOW)
-            await people.create_key(at.engine, name, minted, now=NOW, name=name)
+            await people.create_user(at.desk(), name, Role.USER)
+            await credentials.create_key(at.desk(), name, minted, name=name)
         asking = Asking(at)
-        await story(Keyring(asking, size=size), asking, at)
+        await story(Keyring(asking, no_tokens(), size=size), asking, at)
 
     on(folder, told)
 
 
 async def found(keyring: Keyring, token: str = TOKEN) -> KeyRecord:
     record = await keyring.find(token)
-    assert record is not None
+    assert isinstance(record, KeyRecord)
     return record
 
 
 def test_a_token_is_checked_once_and_then_remembered(tmp_path: Path) -> None:
     async def story(keyring: Keyring, asking: Asking, at: Opened) -> None:
-        assert keyring.peek(TOKEN) is None
+        assert keyring.at_once(TOKEN) is None
         record = await found(keyring)
-        assert record.username == "anna"
+        assert record.account.username == "anna"
         assert await found(keyring) is record
-        assert keyring.peek(TOKEN) is record
+        assert keyring.at_once(TOKEN) is record
         assert asking.asked == [MINTED.public_id]
 
     with_keys(tmp_path, story)
@@ -80,11 +81,11 @@ def test_neither_the_token_nor_its_secret_is_kept(tmp_path: Path) -> None:
 
 def test_a_wrong_secret_is_never_remembered_not_even_beside_the_right_one(tmp_path: Path) -> None:
     async def story(keyring: Keyring, asking: Asking, at: Opened) -> None:
-        assert await keyring.find(WRONG) is None
-        assert keyring.peek(WRONG) is None
+        assert await keyring.find(WRONG) is UNKNOWN_KEY
+        assert keyring.at_once(WRONG) is None
         await found(keyring)
-        assert await keyring.find(WRONG) is None
-        assert keyring.peek(WRONG) is None
+        assert await keyring.find(WRONG) is UNKNOWN_KEY
+        assert keyring.at_once(WRONG) is None
         assert len(asking.asked) == 3
 
     with_keys(tmp_path, story)
@@ -98,15 +99,17 @@ def test_what_has_not_the_form_of_a_key_costs_no_look_up(tmp_path: Path, token: 
     async def never(public_id: str) -> KeyRecord | None:
         raise AssertionError("looked up")
 
-    assert asyncio.run(Keyring(never, size=1).find(token)) is None
+    keyring = Keyring(never, no_tokens(), size=1)
+    assert keyring.at_once(token) is UNKNOWN_KEY
+    assert asyncio.run(keyring.find(token)) is UNKNOWN_KEY
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
     async def story(keyring: Keyring, asking: Asking, at: Opened) -> None:
         await found(keyring)
         await found(keyring, a_minted(8).token)
-        assert keyring.peek(TOKEN) is None
-        assert keyring.peek(a_minted(8).token) is not None
+        assert keyring.at_once(TOKEN) is None
+        assert keyring.at_once(a_minted(8).token) is not None
 
     with_keys(tmp_path, story, size=1)
 
@@ -127,10 +130,10 @@ def test_a_change_is_forgotten_where_it_belongs(
     async def story(keyring: Keyring, asking: Asking, at: Opened) -> None:
         anna, ben = await found(keyring), await found(keyring, a_minted(8).token)
         record = {"anna": anna, "ben": ben}.get(whose or "")
-        named = "" if record is None else record.id if kind == "key" else record.user_id
+        named = "" if record is None else record.id if kind == "key" else record.account.id
         keyring.on_change(Change(kind, named))  # type: ignore[arg-type]
-        assert (keyring.peek(TOKEN) is None) is forgets_anna
-        assert (keyring.peek(a_minted(8).token) is None) is forgets_ben
+        assert (keyring.at_once(TOKEN) is None) is forgets_anna
+        assert (keyring.at_once(a_minted(8).token) is None) is forgets_ben
 
     with_keys(tmp_path, story)
 
@@ -138,7 +141,7 @@ def test_a_change_is_forgotten_where_it_belongs(
 def test_a_revoked_key_is_seen_as_revoked_after_the_signal(tmp_path: Path) -> None:
     async def story(keyring: Keyring, asking: Asking, at: Opened) -> None:
         record = await found(keyring)
-        await people.revoke_key(at.engine, "anna", now=NOW)
+        await credentials.revoke_key(at.desk(), "anna")
         assert (await found(keyring)).revoked is False  # nobody said so yet
         keyring.on_change(Change("key", record.id))
         assert (await found(keyring)).revoked is True
@@ -149,9 +152,9 @@ def test_a_revoked_key_is_seen_as_revoked_after_the_signal(tmp_path: Path) -> No
 def test_a_change_of_the_role_is_seen_after_the_signal(tmp_path: Path) -> None:
     async def story(keyring: Keyring, asking: Asking, at: Opened) -> None:
         record = await found(keyring)
-        await people.update_user(at.engine, "anna", now=NOW, role=Role.READONLY)
-        keyring.on_change(Change("user", record.user_id))
-        assert (await found(keyring)).role is Role.READONLY
+        await people.update_user(at.desk(), "anna", role=Role.READONLY)
+        keyring.on_change(Change("user", record.account.id))
+        assert (await found(keyring)).account.role == Role.READONLY
 
     with_keys(tmp_path, story)
 
@@ -169,14 +172,14 @@ def test_what_was_read_before_a_change_is_not_remembered(tmp_path: Path) -> None
             await changed.wait()
             return record
 
-        keyring = Keyring(slow, size=10)
+        keyring = Keyring(slow, no_tokens(), size=10)
         finding = asyncio.create_task(keyring.find(TOKEN))
         await looked_up.wait()
-        await people.revoke_key(at.engine, "anna", now=NOW)
+        await credentials.revoke_key(at.desk(), "anna")
         keyring.on_change(Change("key", "its id, which nobody remembers yet"))
         changed.set()
-        assert await finding is not None
-        assert keyring.peek(TOKEN) is None
+        assert isinstance(await finding, KeyRecord)
+        assert keyring.at_once(TOKEN) is None
         assert (await found(keyring)).revoked is True
 
     with_keys(tmp_path, story)
@@ -186,15 +189,15 @@ def test_without_the_signal_nothing_is_remembered(tmp_path: Path) -> None:
     async def story(keyring: Keyring, asking: Asking, at: Opened) -> None:
         await found(keyring)
         keyring.pause()
-        assert keyring.peek(TOKEN) is None
+        assert keyring.at_once(TOKEN) is None
         await found(keyring)
-        await people.disable_user(at.engine, "anna", now=NOW)
-        assert (await found(keyring)).user_disabled is True
-        await people.enable_user(at.engine, "anna", now=NOW)
+        await people.disable_user(at.desk(), "anna")
+        assert (await found(keyring)).account.disabled
+        await people.enable_user(at.desk(), "anna")
         keyring.resume()
-        assert keyring.peek(TOKEN) is None
+        assert keyring.at_once(TOKEN) is None
         await found(keyring)
-        assert keyring.peek(TOKEN) is not None
+        assert keyring.at_once(TOKEN) is not None
 
     with_keys(tmp_path, story)
 
@@ -209,14 +212,14 @@ def test_a_look_up_from_before_the_signal_was_found_is_not_remembered(tmp_path: 
             await go_on.wait()
             return record
 
-        keyring = Keyring(slow, size=10)
+        keyring = Keyring(slow, no_tokens(), size=10)
         keyring.pause()
         finding = asyncio.create_task(keyring.find(TOKEN))
         await looked_up.wait()
         keyring.resume()
         go_on.set()
         await finding
-        assert keyring.peek(TOKEN) is None
+        assert keyring.at_once(TOKEN) is None
 
     with_keys(tmp_path, story)
 
@@ -231,7 +234,7 @@ def test_a_database_that_is_away_is_said_and_not_remembered_as_no() -> None:
 
     async def story() -> None:
         nonlocal away
-        keyring = Keyring(sometimes, size=10)
+        keyring = Keyring(sometimes, no_tokens(), size=10)
         with pytest.raises(Unavailable):
             await keyring.find(TOKEN)
         away = False
@@ -243,7 +246,8 @@ def test_a_database_that_is_away_is_said_and_not_remembered_as_no() -> None:
 def test_many_at_once_with_one_new_token_are_all_told_the_same(tmp_path: Path) -> None:
     async def story(keyring: Keyring, asking: Asking, at: Opened) -> None:
         records = await asyncio.gather(*(keyring.find(TOKEN) for _ in range(20)))
-        assert {record and record.username for record in records} == {"anna"}
+        assert {at.account.username for at in records if isinstance(at, KeyRecord)} == {"anna"}
+        assert len(records) == 20
 
     with_keys(tmp_path, story)
 
@@ -255,7 +259,7 @@ def test_an_unknown_id_takes_as_long_as_a_wrong_secret(tmp_path: Path) -> None:
         costs = []
         for _ in range(9):
             begun = time.process_time()
-            assert await keyring.find(token) is None
+            assert await keyring.find(token) is UNKNOWN_KEY
             costs.append(time.process_time() - begun)
         return min(costs)
 

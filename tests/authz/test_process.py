@@ -14,12 +14,12 @@ import pytest
 from envoy.service.auth.v3.external_auth_pb2_grpc import AuthorizationStub
 
 from parallama.config import Config, load
-from parallama.db.manage import people
+from parallama.db.manage import credentials, people
 from parallama.db.manage.schema import managed, upgrade
 from parallama.roles import Role
 from parallama.supervisor.folder import claim
 from tests.authz.make import MINTED, a_check
-from tests.parallama.db_on_disk import NOW
+from tests.parallama.db_on_disk import a_desk
 from tests.valkey import Valkey
 
 ROOT = Path(__file__).parents[2]
@@ -38,8 +38,8 @@ def folder() -> Iterator[Path]:
             database = a_config(at).database
             await upgrade(database)
             async with managed(database) as engine:
-                await people.create_user(engine, "anna", Role.USER, now=NOW)
-                await people.create_key(engine, "anna", MINTED, now=NOW, name="laptop")
+                await people.create_user(a_desk(engine), "anna", Role.USER)
+                await credentials.create_key(a_desk(engine), "anna", MINTED, name="laptop")
 
         asyncio.run(fill())
         with claim(at / "state", wait_seconds=0):  # commands tell nobody where nobody runs
@@ -145,7 +145,7 @@ def test_without_the_signal_a_revoked_key_is_refused_as_well(folder: Path, valke
 
         async def revoke() -> None:
             async with managed(a_config(folder).database) as engine:
-                await people.revoke_key(engine, "laptop", now=NOW)
+                await credentials.revoke_key(a_desk(engine), "laptop")
 
         await revoke()
         assert await asking.seconds_until(401) < BOUND

@@ -23,7 +23,17 @@ from parallama import rpc
 from parallama.db.accounts import KeyRecord
 from parallama.errors import Unavailable
 from parallama.roles import Role
-from tests.authz.make import MINTED, NOW, TOKEN, WRONG, a_check, a_key, a_model_check
+from tests.authz.make import (
+    MINTED,
+    NOW,
+    TOKEN,
+    WRONG,
+    a_check,
+    a_key,
+    a_model_check,
+    no_signatures,
+    no_tokens,
+)
 from tests.examples import examples
 
 T = TypeVar("T")
@@ -48,8 +58,10 @@ def served(known: Known, story: Callable[[Ask], Awaitable[T]]) -> T:
     async def told() -> T:
         with tempfile.TemporaryDirectory() as folder:
             address = f"unix:{Path(folder) / 'a.sock'}"
-            keyring = Keyring(known, size=100)
-            service = Authz(keyring, gateways=("ollama", "openai"), clock=lambda: NOW)
+            keyring = Keyring(known, no_tokens(), size=100)
+            service = Authz(
+                keyring, no_signatures(), gateways=("ollama", "openai"), clock=lambda: NOW
+            )
             server = rpc.Server({CHECK: service.check})
             await server.start(address.removeprefix("unix:"))
             try:
@@ -112,6 +124,11 @@ def test_a_good_key_is_let_in_also_from_memory() -> None:
         pytest.param(a_check(route={}), 404, id="no context extensions"),
         pytest.param(
             a_check(route={c.ROUTE_GATEWAY: "other", c.ROUTE_DIALECT: "openai"}), 404, id="gateway"
+        ),
+        pytest.param(
+            a_check(headers={"x-api-key": WRONG}, route={c.ROUTE_GATEWAY: "other"}),
+            401,
+            id="whether a gateway is served is told to nobody without a key",
         ),
         pytest.param(a_check(method=""), 405, id="no method"),
         pytest.param(pb.CheckRequest(), 401, id="an empty question"),
@@ -287,7 +304,10 @@ def test_bytes_that_are_no_message_are_an_error_and_not_an_allow(at: int, flip: 
     """Envoy takes an error for a refusal: `failure_mode_allow: false`."""
     whole = a_check(headers={}).SerializeToString()
     service = Authz(
-        Keyring(Known(a_key()), size=1), gateways=("ollama", "openai"), clock=lambda: NOW
+        Keyring(Known(a_key()), no_tokens(), size=1),
+        no_signatures(),
+        gateways=("ollama", "openai"),
+        clock=lambda: NOW,
     )
 
     async def story() -> bytes:

@@ -128,8 +128,10 @@ def test_an_allowed_call_says_who_it_is_and_nothing_to_the_upstream() -> None:
         c.GATEWAY: "ollama",
         c.DIALECT: "openai",
         c.ENDPOINT: "/api/chat",
+        c.KNOWN_AT: 0.0,
         c.METERED: "1",
         c.READ_BODY: True,
+        c.WATCH: "openai user-1 key key-1",
     }
 
 
@@ -155,7 +157,9 @@ def test_what_the_later_filters_are_told(
     models: tuple[str, ...] | None, method: str, path: str, told: dict[str, Any]
 ) -> None:
     metadata = dict(allowed(a_key(models=models), method, path).dynamic_metadata)
-    who = {c.USER, c.USERNAME, c.KEY, c.ROLE, c.GATEWAY, c.DIALECT, c.ENDPOINT}
+    who = {c.USER, c.USERNAME, c.KEY, c.ROLE, c.GATEWAY, c.DIALECT, c.ENDPOINT, c.KNOWN_AT}
+    assert (c.WATCH in metadata) is (c.METERED in told), "what answers at once is not watched"
+    who.add(c.WATCH)
     assert {name: value for name, value in metadata.items() if name not in who} == told
     assert set(metadata) <= c.AUTHZ_KEYS
 
@@ -171,6 +175,7 @@ def test_a_managing_call_is_not_metered_but_its_body_is_read() -> None:
     metadata = allowed(a_key(role=Role.ADMIN), "POST", "/api/pull").dynamic_metadata
     assert c.METERED not in metadata
     assert metadata[c.READ_BODY] is True
+    assert c.WATCH in metadata
 
 
 @pytest.mark.parametrize(
@@ -209,7 +214,7 @@ def test_a_refusal_speaks_the_callers_dialect(dialect: str, body: dict[str, Any]
 
 
 def test_a_refused_caller_becomes_metadata_and_an_unknown_one_leaves_none() -> None:
-    refused = identify(an_ask(), a_key(user_disabled=True), gateways=("openai",), now=NOW)
+    refused = identify(an_ask(), a_key(disabled=True), gateways=("openai",), now=NOW)
     assert isinstance(refused, Deny)
     answer = pb.CheckResponse.FromString(wire.render_deny(refused, "openai"))
     assert answer.dynamic_metadata[c.USER] == "user-1"

@@ -22,7 +22,7 @@ BASE = os.environ.get("PARALLAMA_TEST_BASE", "python:3.11-slim-bookworm")
 """What the image is built on here: see CONTRIBUTING.md."""
 
 IMAGE = "parallama-tests"
-RUNNING = ("envoy", "authz", "ratelimit", "usage_sink", "postgres", "valkey", "ollama")
+RUNNING = ("envoy", "authz", "ratelimit", "usage_sink", "admin", "postgres", "valkey", "ollama")
 STANDINS = ("postgres", "valkey", "ollama")
 
 

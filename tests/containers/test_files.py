@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 ONCE = ("setup", "migrate")
+BEHIND = ("authz", "ratelimit", "usage_sink", "admin")
 STAYING = [name for name in SERVICES if name not in ONCE]
 OWN = [name for name in SERVICES if name != "ollama"]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -53,18 +54,18 @@ def test_only_envoy_is_published_and_on_this_machine_alone() -> None:
 
 def test_who_takes_requests_has_no_way_to_the_stores() -> None:
     on_stores = {name for name in SERVICES if "stores" in SERVICES[name].get("networks", [])}
-    assert on_stores == {"authz", "ratelimit", "usage_sink", "migrate", "postgres", "valkey"}
+    assert on_stores == {*BEHIND, "migrate", "postgres", "valkey"}
     assert COMPOSE["networks"]["stores"]["internal"] is True
     assert not [mount for mount in SERVICES["envoy"]["volumes"] if mount.startswith("secrets")]
 
 
 def test_envoy_starts_after_the_services_and_so_stops_before_them() -> None:
-    assert set(SERVICES["envoy"]["depends_on"]) == {"authz", "ratelimit", "usage_sink"}
+    assert set(SERVICES["envoy"]["depends_on"]) == set(BEHIND)
 
 
 def test_a_stop_leaves_time_to_drain() -> None:
     config = load(ROOT / "containers" / "config.yaml", SERVICES["envoy"]["environment"])
-    for name in ("envoy", "authz", "ratelimit", "usage_sink"):
+    for name in ("envoy", *BEHIND):
         grace = int(SERVICES[name]["stop_grace_period"].removesuffix("s"))
         assert grace >= config.shutdown.drain_seconds + 20
 
@@ -177,6 +178,33 @@ def test_one_that_says_nothing_is_not(tmp_path: Path, monkeypatch: pytest.Monkey
         listening.bind(str(tmp_path / "a.sock"))
         listening.listen()
         assert not health.serves(str(tmp_path / "a.sock"))
+
+
+@pytest.mark.parametrize(
+    ("says", "well"),
+    [
+        (b"HTTP/1.1 404 Not Found\r\n\r\n", True),
+        (b"HTTP/1.1 500 Internal Server Error\r\n\r\n", False),
+        (b"", False),
+    ],
+)
+def test_http_on_a_socket_is_asked_for_an_answer(tmp_path: Path, says: bytes, well: bool) -> None:
+    path = str(tmp_path / "a.sock")
+    assert not health.serves(f"unix:{path}")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen()
+
+        def answer() -> None:
+            peer, _ = listening.accept()
+            with peer:
+                assert peer.recv(1000).startswith(b"GET / HTTP/1.1\r\n")
+                peer.sendall(says)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert health.serves(f"unix:{path}") is well
+        thread.join()
 
 
 @pytest.mark.parametrize("status", [200, 503])

@@ -23,11 +23,12 @@ import httpx
 from parallama import keys
 from parallama.changes import Change, publish
 from parallama.config import Config, load
-from parallama.db.manage import limits, people
+from parallama.db.manage import credentials, limits, people
 from parallama.db.manage.schema import managed
 from parallama.limits import Unit, Window
 from parallama.roles import Role
 from parallama.stores import connect_redis
+from tests.parallama.db_on_disk import a_desk
 from tests.standin import Seen, StandIn
 
 T = TypeVar("T")
@@ -140,11 +141,12 @@ class Gateway:
     upstream: StandIn
     process: "subprocess.Popen[bytes]"
     tokens: list[str] = field(default_factory=list, repr=False)
+    environ: Mapping[str, str] = field(default_factory=lambda: _ENVIRON, repr=False)
     _count: int = 0
 
     @cached_property
     def config(self) -> Config:
-        return load(self.folder / "config.yaml", _ENVIRON)
+        return load(self.folder / "config.yaml", self.environ)
 
     @property
     def address(self) -> tuple[str, int]:
@@ -189,11 +191,11 @@ class Gateway:
 
         async def make() -> Someone:
             async with managed(self.config.database) as engine:
-                user = await people.create_user(engine, name, role, now=now)
-                made = await people.create_key(engine, user.id, minted, now=now, **key)
+                user = await people.create_user(a_desk(engine, now), name, role)
+                made = await credentials.create_key(a_desk(engine, now), user.id, minted, **key)
                 if amounts:
                     await limits.set_limits(
-                        engine, user.id, gateway="*", model="*", amounts=amounts, now=now
+                        a_desk(engine, now), user.id, gateway="*", model="*", amounts=amounts
                     )
             return Someone(self, name, user.id, made.id, minted.token)
 
@@ -213,7 +215,7 @@ class Gateway:
             now = datetime.now(UTC)
             async with managed(self.config.database) as engine:
                 await limits.set_limits(
-                    engine, whose, gateway=gateway, model=model, amounts=amounts, now=now
+                    a_desk(engine, now), whose, gateway=gateway, model=model, amounts=amounts
                 )
             with chdir(self.config.state_dir):  # sockets are named by their shortest path
                 async with connect_redis(self.config) as redis:
@@ -225,7 +227,7 @@ class Gateway:
         """What `parallama ... -o json` prints."""
         done = subprocess.run(
             [PARALLAMA, "--config", self.config.source, *words, "-o", "json"],
-            env=_ENVIRON,
+            env=self.environ,
             capture_output=True,
             timeout=30,
             check=False,
@@ -339,15 +341,16 @@ def running(
     )
     with (folder / "config.yaml").open("a") as file:
         file.write(_QUICK + settings)
+    environment = {**_ENVIRON, **(environ or {})}
     with (folder / "up.log").open("wb") as log:
         process = subprocess.Popen(
             [PARALLAMA, "up", "--config", folder / "config.yaml"],
-            env={**_ENVIRON, **(environ or {})},
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-    gateway = Gateway(folder, upstream, process)
+    gateway = Gateway(folder, upstream, process, environ=environment)
     try:
         until(lambda: _serves(gateway), 60)
         yield gateway

@@ -13,6 +13,7 @@ from parallama import keys
 from parallama.config import Database
 from parallama.db import Store, database
 from parallama.db.manage.schema import managed, upgrade
+from parallama.desk import Actor, Desk
 from parallama.usage import UsageRecord
 
 T = TypeVar("T")
@@ -29,6 +30,13 @@ class Opened:
 
     store: Store
     engine: AsyncEngine
+
+    def desk(self, now: datetime = NOW) -> Desk:
+        return a_desk(self.engine, now)
+
+
+def a_desk(engine: AsyncEngine, now: datetime = NOW, *, by: str = "tester") -> Desk:
+    return Desk(engine=engine, now=now, by=Actor(by, "cli"))
 
 
 def on(place: Path | Database, work: Callable[[Opened], Awaitable[T]]) -> T:

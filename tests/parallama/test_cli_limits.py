@@ -288,7 +288,7 @@ def test_grants_are_made_listed_and_revoked(berlin: Parallama) -> None:
 def test_a_grant_of_yesterday_is_listed_among_all_as_over(berlin: Parallama) -> None:
     async def work(at: Opened) -> None:
         for until in (NOW + timedelta(days=1), datetime(2999, 1, 1, tzinfo=UTC)):
-            await grants.grant(at.engine, "anna", Unit.REQUESTS, 1, now=NOW, until=until)
+            await grants.grant(at.desk(), "anna", Unit.REQUESTS, 1, until=until)
 
     on(berlin.folder, work)
     assert [grant["over"] for grant in berlin.json("limits", "grants")] == [False]

@@ -112,19 +112,18 @@ def test_the_plans_file_loads_as_it_is(tmp_path: Path) -> None:
     assert config.logging.max_size == 100 * 1024 * 1024
     assert config.server.workers == 4
     assert warnings(config) == [
-        f"{path} has no effect yet: it belongs to a later release"
-        for path in (
-            "authentication.jwt_secret_key_file",
-            "authentication.access_token_expire_minutes",
-            "authentication.refresh_token_expire_days",
-            "authentication.password_hash_rounds",
-            "api_gateways.discovery.enabled",
-            "api_gateways.discovery.cache_ttl",
-            "api_gateways.discovery.include_metrics",
-            "api_gateways.ollama.default_model",
-            "api_gateways.openai.compatibility_mode",
-            "api_gateways.openai.model_mappings",
-        )
+        *(
+            f"{path} has no effect yet: it belongs to a later release"
+            for path in (
+                "api_gateways.discovery.enabled",
+                "api_gateways.discovery.cache_ttl",
+                "api_gateways.discovery.include_metrics",
+                "api_gateways.ollama.default_model",
+                "api_gateways.openai.compatibility_mode",
+                "api_gateways.openai.model_mappings",
+            )
+        ),
+        "authentication.jwt_secret_key_file has no effect with authentication.jwt_algorithm RS256",
     ]
 
 
@@ -717,6 +716,21 @@ def test_what_has_no_effect_is_named(tmp_path: Path) -> None:
     ]
 
 
+def test_hs256_needs_its_secret_and_the_others_have_keys(tmp_path: Path) -> None:
+    assert mistakes(tmp_path, "authentication: {jwt_algorithm: HS256}") == [
+        "authentication.jwt_secret_key_file (line 1): is missing: authentication.jwt_algorithm "
+        "HS256 needs it"
+    ]
+    write(tmp_path, "secret", "secret")
+    told = "jwt_algorithm: HS256, jwt_secret_key_file: secret, signing_keys_dir: keys"
+    config = loaded(tmp_path, f"authentication: {{{told}}}")
+    assert warnings(config) == [
+        "authentication.signing_keys_dir has no effect with authentication.jwt_algorithm HS256"
+    ]
+    assert config.signing_dir == tmp_path / "keys"
+    assert loaded(tmp_path, "state_dir: s").signing_dir == tmp_path / "s" / "signing"
+
+
 def test_a_tree_can_be_made_without_a_file() -> None:
     config = Config()
     assert config.dir == Path.cwd()
@@ -749,6 +763,51 @@ def test_lines_of_a_document() -> None:
     document = parse("a:\n  - 1\n  - b: 2\n")
     assert document.data == {"a": [1, {"b": 2}]}
     assert document.lines == {("a",): 1, ("a", 0): 2, ("a", 1): 3, ("a", 1, "b"): 3}
+
+
+# Issuers.
+
+SSO = "{issuer: https://sso.test, audience: p, jwks_url: https://sso.test/jwks"
+
+
+def test_an_issuer_needs_little(tmp_path: Path) -> None:
+    (issuer,) = loaded(tmp_path, f"authentication: {{issuers: [{SSO}}}]}}").authentication.issuers
+    assert issuer.keys_at == "https://sso.test/jwks"
+    assert (issuer.algorithms, issuer.default_role, issuer.create_users) == (
+        ("RS256",),
+        "user",
+        False,
+    )
+
+
+def test_an_issuers_keys_may_be_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "jwks.json").write_text("{}")
+    told = "authentication: {issuers: [{issuer: a, audience: p, jwks_file: jwks.json}]}"
+    (issuer,) = loaded(tmp_path, told).authentication.issuers
+    assert issuer.keys_at == tmp_path / "jwks.json"
+
+
+@pytest.mark.parametrize(
+    ("issuers", "said"),
+    [
+        ("{issuer: a, jwks_url: 'https://a/x'}", "[0].audience (line 1): is missing"),
+        ("{issuer: a, audience: p}", "[0] (line 1): needs jwks_url or jwks_file"),
+        ("{issuer: a, audience: p, jwks_url: 'http://a.test/jwks'}", "must begin with https://"),
+        ("{issuer: a, audience: p, jwks_url: 'http://sso.test'}", "must begin with https://"),
+        ("{issuer: a, audience: p, jwks_url: 'https://u:p@a'}", "must not hold a user"),
+        ("{issuer: a, audience: p, jwks_file: none.json}", "does not exist"),
+        (SSO + ", algorithms: [HS256]}", "[0].algorithms[0] (line 1): must be RS256"),
+        (SSO + ", algoritms: [RS256]}", "did you mean authentication.issuers[0].algorithms?"),
+        (SSO + ", roles: {ops: operator}}", "needs role_claim"),
+        (SSO + ", role_claim: g, roles: {ops: Ops}}", "a role is named by"),
+        (SSO + ", default_role: A}", "a role is named by"),
+        ("{issuer: parallama, audience: p, jwks_url: 'https://a/x'}", "that is who we are"),
+        (SSO + "}, " + SSO + "}", "names an issuer twice"),
+        ("7", "[0] (line 1): must be a section"),
+    ],
+)
+def test_what_is_wrong_with_an_issuer_is_said(tmp_path: Path, issuers: str, said: str) -> None:
+    assert said in str(mistakes(tmp_path, f"authentication: {{issuers: [{issuers}]}}"))
 
 
 def test_gateways_choose_for_themselves_who_counts_text(tmp_path: Path) -> None:

@@ -192,19 +192,20 @@ def run_module(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", ["authz", "ratelimit", "usage_sink"])
+@pytest.mark.parametrize("name", ["authz", "ratelimit", "usage_sink", "parallama.admin"])
 def test_a_service_without_a_configuration_says_how_to_name_one(name: str) -> None:
     ended = run_module(name)
     assert ended.returncode == 2
     assert "name the configuration by --config or PARALLAMA_CONFIG" in ended.stderr
 
 
-@pytest.mark.parametrize("name", ["authz", "ratelimit", "usage_sink"])
+@pytest.mark.parametrize("name", ["authz", "ratelimit", "usage_sink", "parallama.admin"])
 def test_a_service_that_cannot_start_says_why_in_a_line(name: str, tmp_path: Path) -> None:
     """There is no database yet: what is missing is named, and nothing of Python's."""
     config = tmp_path / "config.yaml"
     config.write_text("{}\n", encoding="utf-8")
     ended = run_module(name, "--config", str(config))
     assert ended.returncode == 1
-    assert ended.stderr.startswith(f"{name}: there is no database at {tmp_path}/parallama.db")
+    said = f"{name.rpartition('.')[2]}: there is no database at {tmp_path}/parallama.db"
+    assert ended.stderr.startswith(said)
     assert ended.stderr.count("\n") == 1

@@ -12,7 +12,7 @@ from sqlalchemy import select
 
 from parallama.config import Database
 from parallama.db import database, ledger
-from parallama.db.manage import people, usage
+from parallama.db.manage import credentials, people, usage
 from parallama.db.manage.tables import gateway_usage_logs
 from parallama.db.manage.usage import Which
 from parallama.db.months import LIST
@@ -157,7 +157,7 @@ def test_pages_join_without_gap_or_overlap(
 
 def test_a_user_is_meant_by_name_or_id_also_when_gone_or_renamed(db: Database) -> None:
     async def work(at: Opened) -> None:
-        anna = await people.create_user(at.engine, "anna", Role.USER, now=NOW)
+        anna = await people.create_user(at.desk(), "anna", Role.USER)
         mine = a_record("r1", user_id=anna.id, username="anna")
         await ledger.add(at.store, [mine, a_record("r2", user_id=BOB, username="bob")])
         assert await ids(at, Which(user="anna")) == ["r1"]
@@ -166,9 +166,9 @@ def test_a_user_is_meant_by_name_or_id_also_when_gone_or_renamed(db: Database) -
         assert await ids(at, Which(user=BOB)) == ["r2"]
         with pytest.raises(NotFound, match="'ghost'"):
             await ids(at, Which(user="ghost"))
-        await people.update_user(at.engine, "anna", now=NOW, username="anne")
+        await people.update_user(at.desk(), "anna", username="anne")
         assert await ids(at, Which(user="anne")) == ["r1"]
-        await people.delete_user(at.engine, "anne")
+        await people.delete_user(at.desk(), "anne")
         assert await everything(at, Which(user="anna")) == [mine]
 
     on(db, work)
@@ -177,7 +177,7 @@ def test_a_user_is_meant_by_name_or_id_also_when_gone_or_renamed(db: Database) -
 def test_a_name_used_again_does_not_inherit_usage(db: Database) -> None:
     async def work(at: Opened) -> None:
         await ledger.add(at.store, [a_record("r1", user_id=BOB, username="bob")])
-        await people.create_user(at.engine, "bob", Role.USER, now=NOW)
+        await people.create_user(at.desk(), "bob", Role.USER)
         assert await ids(at, Which(user="bob")) == []
 
     on(db, work)
@@ -230,19 +230,52 @@ def test_sums_of_nothing_are_zero(db: Database) -> None:
 
 def test_a_key_remembers_its_last_use(db: Database) -> None:
     async def work(at: Opened) -> None:
-        await people.create_user(at.engine, "anna", Role.USER, now=NOW)
-        key = await people.create_key(at.engine, "anna", a_minted(), now=NOW)
+        await people.create_user(at.desk(), "anna", Role.USER)
+        key = await credentials.create_key(at.desk(), "anna", a_minted())
         assert key.last_used_at is None
 
         async def last_use_after(*times: datetime) -> datetime | None:
             records = [a_record(f"{at}", timestamp=at, key_id=key.id) for at in times]
             await ledger.add(at.store, records)
-            return (await people.get_key(at.engine, key.id)).last_used_at
+            return (await credentials.get_key(at.engine, key.id)).last_used_at
 
         minutes = [NOW + timedelta(minutes=number) for number in range(4)]
         assert await last_use_after(minutes[2], minutes[1]) == minutes[2]
         assert await last_use_after(minutes[0]) == minutes[2]
+        assert await last_use_after(minutes[3] - timedelta(seconds=1)) == minutes[2]
         assert await last_use_after(minutes[3]) == minutes[3]
+
+    on(db, work)
+
+
+def test_the_last_use_of_a_key_survives_replays_and_its_users_end(db: Database) -> None:
+    """Two writers at once, the same rows again, and rows of a key that is gone."""
+
+    async def work(at: Opened) -> None:
+        await people.create_user(at.desk(), "anna", Role.USER)
+        key = await credentials.create_key(at.desk(), "anna", a_minted())
+        times = [NOW + timedelta(minutes=2 * number) for number in range(20)]
+        records = [a_record(f"{at}", timestamp=at, key_id=key.id) for at in times]
+        await asyncio.gather(
+            *(ledger.add(at.store, records[begin : begin + 5]) for begin in (15, 0, 10, 5))
+        )
+        assert (await credentials.get_key(at.engine, key.id)).last_used_at == times[-1]
+        await ledger.add(at.store, records[:5])
+        assert (await credentials.get_key(at.engine, key.id)).last_used_at == times[-1]
+        await people.delete_user(at.desk(), "anna")
+        late = a_record("late", timestamp=times[-1] + timedelta(days=1), key_id=key.id)
+        assert (await ledger.add(at.store, [late])).stored == 1
+
+    on(db, work)
+
+
+def test_a_row_keeps_why_it_was_decided_so(db: Database) -> None:
+    async def work(at: Opened) -> None:
+        await ledger.add(at.store, [a_record("r1", decision='{"rule":"role"}'), a_record("r2")])
+        assert {row.request_id: row.decision for row in await everything(at)} == {
+            "r1": '{"rule":"role"}',
+            "r2": None,
+        }
 
     on(db, work)
 

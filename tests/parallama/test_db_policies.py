@@ -10,7 +10,7 @@ import pytest
 
 from parallama.config import Database
 from parallama.db import Store
-from parallama.db.manage import grants, limits, people
+from parallama.db.manage import credentials, grants, limits, people
 from parallama.db.manage.limits import Amount, Policy
 from parallama.db.policies import COLUMNS, Cell, policy_of
 from parallama.errors import Conflict, NotFound, UsageError
@@ -27,11 +27,11 @@ NOBODY = "7c1f2c1e-0000-4000-8000-000000000000"
 
 
 async def anna(at: Opened) -> str:
-    return (await people.create_user(at.engine, "anna", Role.USER, now=NOW)).id
+    return (await people.create_user(at.desk(), "anna", Role.USER)).id
 
 
 async def a_key(at: Opened, who: str = "anna", name: str = "laptop", *, seed: int = 1) -> str:
-    return (await people.create_key(at.engine, who, a_minted(seed), now=NOW, name=name)).id
+    return (await credentials.create_key(at.desk(), who, a_minted(seed), name=name)).id
 
 
 async def put(
@@ -44,7 +44,7 @@ async def put(
     shadow: bool = False,
 ) -> Policy:
     return await limits.set_limits(
-        at.engine, whose, gateway=gateway, model=model, amounts=amounts, now=NOW, shadow=shadow
+        at.desk(), whose, gateway=gateway, model=model, amounts=amounts, shadow=shadow
     )
 
 
@@ -138,7 +138,7 @@ def test_another_role_brings_other_defaults(db: Database) -> None:
         user = await anna(at)
         await put(at, "role:user", {DAY: 100})
         await put(at, "role:operator", {DAY: 200})
-        await people.update_user(at.engine, "anna", now=NOW, role=Role.OPERATOR)
+        await people.update_user(at.desk(), "anna", role=Role.OPERATOR)
         assert await limits_of(at.store, user) == (a_limit(DAY, 200),)
 
     on(db, work)
@@ -166,9 +166,9 @@ def test_unset_returns_to_the_defaults(db: Database) -> None:
         await put(at, "role:user", {DAY: 100})
         await put(at, "anna", {DAY: 1})
         await put(at, "anna", {DAY: 2}, gateway="openai")
-        assert (await limits.unset_limits(at.engine, "anna"))[1] == 2
+        assert (await limits.unset_limits(at.desk(), "anna"))[1] == 2
         assert await limits_of(at.store, user) == (a_limit(DAY, 100),)
-        assert (await limits.unset_limits(at.engine, "anna"))[1] == 0
+        assert (await limits.unset_limits(at.desk(), "anna"))[1] == 0
 
     on(db, work)
 
@@ -177,7 +177,7 @@ def test_a_keys_limits_stand_beside_its_users(db: Database) -> None:
     async def work(at: Opened) -> None:
         user = await anna(at)
         key = await a_key(at)
-        await people.create_user(at.engine, "bob", Role.USER, now=NOW)
+        await people.create_user(at.desk(), "bob", Role.USER)
         await a_key(at, "bob", "phone", seed=2)
         await put(at, "role:user", {DAY: 100})
         await put(at, "anna", {HOUR: 10})
@@ -208,10 +208,10 @@ def test_in_the_shadow_the_same_cell_is_another_one(db: Database) -> None:
             a_limit(DAY, 60, shadow=True),
             a_limit(HOUR, 5, shadow=True),
         }
-        assert (await limits.unset_limits(at.engine, "anna", shadow=True))[1] == 1
+        assert (await limits.unset_limits(at.desk(), "anna", shadow=True))[1] == 1
         assert await limits_of(at.store, user) == (a_limit(DAY, 100),)
         with pytest.raises(NotFound, match="anna has no limits"):
-            await limits.unset_limits(at.engine, "anna", shadow=True)
+            await limits.unset_limits(at.desk(), "anna", shadow=True)
 
     on(db, work)
 
@@ -223,13 +223,13 @@ def test_unset_without_a_word_takes_the_shadow_along(db: Database) -> None:
         for whose in ("anna", "key:laptop"):
             await put(at, whose, {DAY: 1})
             await put(at, whose, {DAY: 1}, shadow=True)
-        scope, removed = await limits.unset_limits(at.engine, "key:laptop")
+        scope, removed = await limits.unset_limits(at.desk(), "key:laptop")
         assert (scope.user_id, scope.key_id, removed) == (user, key, 2)
         assert set(await limits_of(at.store, user)) == {
             a_limit(DAY, 1),
             a_limit(DAY, 1, shadow=True),
         }
-        assert (await limits.unset_limits(at.engine, "anna"))[1] == 2
+        assert (await limits.unset_limits(at.desk(), "anna"))[1] == 2
         assert await limits_of(at.store, user) == ()
 
     on(db, work)
@@ -241,11 +241,11 @@ def test_unset_takes_the_named_gateway_and_model_only(db: Database) -> None:
         await put(at, "anna", {DAY: 1}, gateway="ollama")
         await put(at, "anna", {DAY: 2}, gateway="ollama", model="llama*")
         await put(at, "anna", {DAY: 3}, gateway="openai")
-        await limits.unset_limits(at.engine, "anna", gateway="ollama", model="llama*")
-        await limits.unset_limits(at.engine, "anna", gateway="openai")
+        await limits.unset_limits(at.desk(), "anna", gateway="ollama", model="llama*")
+        await limits.unset_limits(at.desk(), "anna", gateway="openai")
         assert await limits_of(at.store, user) == (a_limit(DAY, 1, gateway="ollama"),)
         with pytest.raises(NotFound, match="anna has no limits"):
-            await limits.unset_limits(at.engine, "anna", gateway="openai")
+            await limits.unset_limits(at.desk(), "anna", gateway="openai")
 
     on(db, work)
 
@@ -253,7 +253,7 @@ def test_unset_takes_the_named_gateway_and_model_only(db: Database) -> None:
 def test_a_users_list_shows_the_roles_defaults_too(db: Database) -> None:
     async def work(at: Opened) -> None:
         await anna(at)
-        await people.create_user(at.engine, "bob", Role.ADMIN, now=NOW)
+        await people.create_user(at.desk(), "bob", Role.ADMIN)
         for whose in ("anna", "bob", "role:user", "role:admin"):
             await put(at, whose, {CALLS: 1})
 
@@ -270,7 +270,7 @@ def test_a_users_list_shows_the_roles_defaults_too(db: Database) -> None:
 def test_limits_are_listed_with_all_that_counts_for_the_same_calls(db: Database) -> None:
     async def work(at: Opened) -> None:
         await anna(at)
-        await people.create_user(at.engine, "bob", Role.ADMIN, now=NOW)
+        await people.create_user(at.desk(), "bob", Role.ADMIN)
         for number, (who, name) in enumerate((("anna", "a1"), ("anna", "a2"), ("bob", "b1"))):
             await a_key(at, who, name, seed=number + 1)
         for whose in ("key:b1", "key:a2", "key:a1", "bob", "anna", "role:user", "role:admin"):
@@ -296,8 +296,8 @@ def test_limits_and_grants_go_with_their_user(db: Database) -> None:
         await a_key(at)
         await put(at, "anna", {DAY: 1})
         await put(at, "key:laptop", {DAY: 1})
-        await grants.grant(at.engine, "anna", Unit.TOKENS, 5, now=NOW, until=TOMORROW)
-        await people.delete_user(at.engine, "anna")
+        await grants.grant(at.desk(), "anna", Unit.TOKENS, 5, until=TOMORROW)
+        await people.delete_user(at.desk(), "anna")
         assert await limits.list_limits(at.engine) == []
         assert await grants.list_grants(at.engine) == []
 
@@ -364,11 +364,10 @@ def test_a_grant_is_kept_and_comes_back_in_parts(
     async def work(at: Opened) -> None:
         user = await anna(at)
         made = await grants.grant(
-            at.engine,
+            at.desk(),
             "anna",
             unit,
             amount,
-            now=NOW,
             until=TOMORROW,
             gateway="ollama",
             model="llama*",
@@ -393,21 +392,19 @@ def test_a_grant_is_kept_and_comes_back_in_parts(
 def test_grants_add_up_and_are_taken_back_one_by_one(db: Database) -> None:
     async def work(at: Opened) -> None:
         user = await anna(at)
-        await people.create_user(at.engine, "bob", Role.USER, now=NOW)
-        late = await grants.grant(
-            at.engine, "anna", Unit.TOKENS, 1, now=NOW, until=TOMORROW + timedelta(1)
-        )
-        soon = await grants.grant(at.engine, user, Unit.TOKENS, 2, now=NOW, until=TOMORROW)
-        bobs = await grants.grant(at.engine, "bob", Unit.REQUESTS, 3, now=NOW, until=TOMORROW)
+        await people.create_user(at.desk(), "bob", Role.USER)
+        late = await grants.grant(at.desk(), "anna", Unit.TOKENS, 1, until=TOMORROW + timedelta(1))
+        soon = await grants.grant(at.desk(), user, Unit.TOKENS, 2, until=TOMORROW)
+        bobs = await grants.grant(at.desk(), "bob", Unit.REQUESTS, 3, until=TOMORROW)
         assert await grants.list_grants(at.engine) == [soon, late, bobs]
         assert await grants.list_grants(at.engine, after=TOMORROW) == [late]
         assert await grants.list_grants(at.engine, "bob", after=TOMORROW) == []
         assert [each.id for each in (await policy_of(at.store, user)).grants] == [soon.id, late.id]
-        assert await grants.revoke_grant(at.engine, soon.id.upper()) == soon
+        assert await grants.revoke_grant(at.desk(), soon.id.upper()) == soon
         assert await grants.list_grants(at.engine, "anna") == [late]
         for gone in (soon.id, NOBODY, "anna"):
             with pytest.raises(NotFound, match="there is no grant"):
-                await grants.revoke_grant(at.engine, gone)
+                await grants.revoke_grant(at.desk(), gone)
 
     on(db, work)
 
@@ -441,11 +438,10 @@ def test_a_grant_that_nobody_could_mean_is_refused(
         await anna(at)
         with pytest.raises(error, match=complaint):
             await grants.grant(
-                at.engine,
+                at.desk(),
                 given.pop("who"),
                 given.pop("unit"),
                 given.pop("amount"),
-                now=NOW,
                 **given,
             )
         assert await grants.list_grants(at.engine) == []
@@ -458,9 +454,7 @@ def test_a_limit_says_since_when_it_is_set(db: Database) -> None:
         user = await anna(at)
         await put(at, "role:user", {DAY: 100})
         later = NOW + timedelta(seconds=90)
-        await limits.set_limits(
-            at.engine, "anna", gateway="*", model="*", amounts={HOUR: 5}, now=later
-        )
+        await limits.set_limits(at.desk(later), "anna", gateway="*", model="*", amounts={HOUR: 5})
         since = {each.window: each.set_at for each in (await policy_of(at.store, user)).limits}
         assert since == {Window.DAY: NOW.timestamp(), Window.HOUR: later.timestamp()}
 

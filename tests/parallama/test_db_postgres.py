@@ -27,7 +27,7 @@ from parallama.db.store import open_store
 from parallama.errors import SchemaError, Unavailable
 from parallama.roles import Role
 from tests.containers import stores
-from tests.parallama.db_on_disk import NOW, Opened, a_record, on
+from tests.parallama.db_on_disk import Opened, a_record, on
 from tests.parallama.test_db_schema import (
     Use,
     people_read,
@@ -366,7 +366,7 @@ def test_text_that_is_no_id_is_nobodys(at: Database) -> None:
 
 def test_what_is_served_goes_on_after_the_server_was_restarted(own: Postgres) -> None:
     async def work(at: Opened) -> None:
-        await people.create_user(at.engine, "anna", Role.USER, now=NOW)
+        await people.create_user(at.desk(), "anna", Role.USER)
         assert len(await at.store.read("SELECT id FROM users")) == 1
         own.stop()
         with pytest.raises(Unavailable, match="does not answer"):

@@ -22,7 +22,7 @@ from parallama.db.manage.schema import managed, upgrade
 from parallama.db.manage.tables import metadata
 from parallama.errors import ParallamaError, SchemaError, Unavailable
 from parallama.roles import Role
-from tests.parallama.db_on_disk import NOW, Opened, a_record, on, settings
+from tests.parallama.db_on_disk import Opened, a_desk, a_record, on, settings
 from tests.postgres import Postgres
 
 Use = Callable[[Database], None]
@@ -53,7 +53,7 @@ def services_read(at: Database) -> None:
 
 
 def people_write(at: Database) -> None:
-    manage(at, lambda engine: people.create_user(engine, "anna", Role.USER, now=NOW))
+    manage(at, lambda engine: people.create_user(a_desk(engine), "anna", Role.USER))
 
 
 def services_write(at: Database) -> None:

@@ -105,3 +105,16 @@ def _number(text: str) -> int:
     for character in text:
         total = total * 62 + digits.index(character)
     return total
+
+
+def test_a_refresh_token_is_written_like_a_key_and_is_none() -> None:
+    minted = keys.mint_refresh(lambda count: b"\x07" * count)
+    assert re.fullmatch(keys.PATTERN.replace("plm_", "plr_"), minted.token)
+    assert keys.parse(minted.token) is None
+    parsed = keys.parse(minted.token, keys.REFRESH_PREFIX)
+    assert parsed is not None
+    assert parsed.public_id == minted.public_id
+    assert minted.secret_hash == keys.digest(minted.token).hex()
+    key = keys.mint(lambda count: b"\x07" * count, rounds=4).token
+    assert keys.parse(key, keys.REFRESH_PREFIX) is None
+    assert minted.token not in repr(minted)

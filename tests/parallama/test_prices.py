@@ -290,7 +290,7 @@ def test_prices_come_back_as_they_were_set(db: Database) -> None:
     async def work(at: Opened) -> None:
         assert await prices_of(at.store) == ()
         for price in (a_price(), full):
-            assert (await manage.set_price(at.engine, price, now=NOW)).price == price
+            assert (await manage.set_price(at.desk(), price)).price == price
         assert await prices_of(at.store) == (full, a_price())
         assert [each.price for each in await manage.list_prices(at.engine)] == [full, a_price()]
         assert {each.updated_at for each in await manage.list_prices(at.engine)} == {NOW}
@@ -301,18 +301,18 @@ def test_prices_come_back_as_they_were_set(db: Database) -> None:
 def test_a_price_takes_the_place_of_the_models_last_one(db: Database) -> None:
     async def work(at: Opened) -> None:
         later = NOW + timedelta(1)
-        await manage.set_price(at.engine, a_price(cached="0.01"), now=NOW)
-        await manage.set_price(at.engine, a_price(prompt=1), now=later)
+        await manage.set_price(at.desk(), a_price(cached="0.01"))
+        await manage.set_price(at.desk(later), a_price(prompt=1))
         assert await prices_of(at.store) == (a_price(prompt=1),)
         renamed = a_price("library/LLAMA3:latest", prompt=2)
-        await manage.set_price(at.engine, renamed, now=later)
+        await manage.set_price(at.desk(later), renamed)
         assert await prices_of(at.store) == (renamed,)
-        await manage.set_price(at.engine, a_price("llama3*"), now=later)
+        await manage.set_price(at.desk(later), a_price("llama3*"))
         assert len(await prices_of(at.store)) == 2
-        await manage.unset_price(at.engine, "llama3")
+        await manage.unset_price(at.desk(), "llama3")
         assert await prices_of(at.store) == (a_price("llama3*"),)
         with pytest.raises(NotFound, match="there is no price of 'llama3'"):
-            await manage.unset_price(at.engine, "llama3")
+            await manage.unset_price(at.desk(), "llama3")
 
     on(db, work)
 
@@ -331,7 +331,7 @@ def test_a_price_takes_the_place_of_the_models_last_one(db: Database) -> None:
 def test_a_price_that_cannot_be_kept_is_refused(db: Database, price: Price, complaint: str) -> None:
     async def work(at: Opened) -> None:
         with pytest.raises(UsageError, match=complaint):
-            await manage.set_price(at.engine, price, now=NOW)
+            await manage.set_price(at.desk(), price)
         assert await prices_of(at.store) == ()
 
     on(db, work)

@@ -41,13 +41,15 @@ class Desk:
 
     async def ask(
         self, limits, id="r", amount=1, *, user="u", key="k", gateway="g", model="m", now=NOON,
-        least=0, compute=0, cost=0,
+        least=0, compute=0, cost=0, take=True,
     ) -> Answer:  # fmt: skip
         met = rules.buckets(limits, gateway, model, key, now)
         need = rules.Need(0, amount, compute, cost)
         call = Call(id, user, key, gateway, "openai", "/v1/chat/completions", model, now)
         holds = [at.hold(need.of(at.limit.unit)) for at in met]
-        taken = await self.counters.reserve(call, holds, tokens=amount, least=least, now=now)
+        taken = await self.counters.reserve(
+            call, holds, tokens=amount, least=least, now=now, take=take
+        )
         levels = [
             rules.Level(at, level.used, level.reserved, level.full)
             for at, level in zip(met, taken.levels, strict=False)
@@ -127,6 +129,19 @@ async def test_requests_are_counted_at_admission(counters):
     assert [answer.taken for answer in answers] == [True, True, False]
     assert [answer.levels[0].used for answer in answers] == [1, 2, 2]
     assert [answer.levels[0].full for answer in answers] == [False, False, True]
+
+
+@story
+async def test_what_would_come_of_a_call_is_said_without_taking_anything(counters):
+    limits = [limit(amount=2), tokens(1000), limit(Unit.CONCURRENT, Window.MOMENT, 1)]
+    asked = await counters.reserve(limits, "asked", 400, take=False)
+    assert (asked.taken, [(at.used, at.reserved) for at in asked.levels]) == (True, [(0, 0)] * 3)
+    assert await counters.open() == 0
+    await counters.reserve(limits, "r", 700)
+    asked = await counters.reserve(limits, "asked", 400, take=False)
+    assert (asked.taken, [at.full for at in asked.levels]) == (False, [False, True, True])
+    assert await counters.look(limits) == [(1, 0), (0, 700), (1, 0)]
+    assert await counters.open() == 1
 
 
 @story

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -6,13 +7,16 @@ from parallama.limits import Grant, Limit, Unit, Window
 from ratelimit.rules import (
     Admitted,
     Level,
+    Need,
     Reserve,
     Room,
     admit,
     buckets,
+    decision,
     duration,
     instead,
     refuse,
+    tightest,
 )
 
 NOON = 1_700_049_600.0  # 2023-11-15 12:00:00 UTC
@@ -259,3 +263,57 @@ def test_refusals(levels, code, wait, may_retry, words):
 def test_a_wait_is_never_shorter_than_it_says():
     assert refuse([level(limit(), used=10, full=True)], NOON + 58.7).retry_after == 2
     assert refuse([level(limit(), used=10, full=True)], NOON + 59.99).retry_after == 1
+
+
+TOKENS_A_DAY = limit(Unit.TOKENS, Window.DAY, 1000)
+MIDNIGHT = 1_700_092_800
+
+
+@pytest.mark.parametrize(
+    ("levels", "which"),
+    [
+        pytest.param([], None, id="no limit"),
+        pytest.param([level(limit(), 9), level(TOKENS_A_DAY, 100)], 0, id="the smaller part left"),
+        pytest.param([level(limit(), 5), level(TOKENS_A_DAY, 100, 500)], 1, id="with what is held"),
+        pytest.param([level(limit(), 5), level(limit(amount=0))], 1, id="a limit of 0"),
+        pytest.param([level(replace(limit(), shadow=True), 99), level(limit(), 1)], 1, id="shadow"),
+        pytest.param([level(replace(limit(), shadow=True), 99)], None, id="in the shadow alone"),
+        pytest.param([level(limit(), 99), level(TOKENS_A_DAY, 1)], 0, id="one that was crossed"),
+    ],
+)
+def test_the_tightest_limit_is_the_one_of_which_least_is_left(levels, which):
+    assert tightest(levels) is (None if which is None else levels[which])
+
+
+@pytest.mark.parametrize(
+    ("at", "told"),
+    [
+        (None, {}),
+        (
+            level(TOKENS_A_DAY, 12, 34),
+            {"limit": "1000 tokens per day", "used": 12, "held": 34, "needs": 150},
+        ),
+        (
+            level(limit(Unit.COMPUTE_SECONDS, Window.DAY, 90_000), 1500),
+            {"limit": "90 compute seconds per day", "used": 1.5, "held": 0.0, "needs": 2.5},
+        ),
+        (
+            level(limit(Unit.COST, Window.DAY, 2_500_000_000), 1_000_000_001),
+            {"limit": "2.5 of cost per day", "used": 1.0, "held": 0.0, "needs": 0.001},
+        ),
+    ],
+)
+def test_a_decision_names_its_limit_and_what_was_counted(at, told):
+    need = Need(50, 100, compute=2500, cost=1_000_000)
+    said = json.loads(f"{{{decision(at, need, 1_700_049_500.1239)}}}")
+    assert said == {"policy_at": 1_700_049_500.124, **told, **({"ends": MIDNIGHT} if at else {})}
+
+
+@pytest.mark.parametrize("model", ["llama3:70b-instruct-q4_K_M", "m" * 255, '"' * 255, "模" * 255])
+def test_a_decision_is_small_and_always_json(model):
+    at = level(limit(Unit.TOKENS, Window.MONTH, 10**9, gateway="openai"), 10**8, 10**6)
+    at = replace(at, bucket=replace(at.bucket, limit=replace(at.bucket.limit, model=model)))
+    said = decision(at, Need(10**5, 10**5), NOON)
+    assert json.loads(f"{{{said}}}")["used"] == 10**8
+    usual = len(model) < 30
+    assert len(said.encode()) < (200 if usual else 600)

@@ -128,10 +128,16 @@ def test_reserve_then_settle(valkey):
             gateway.limits = (TOKENS,)
             first = await gateway.reserve("r1")
             assert first.overall_code == OK
-            assert dict(first.dynamic_metadata) == {
-                "reservation": "r1",
-                "granted": 200,
-                "tokens_left": 800,
+            told = dict(first.dynamic_metadata)
+            why = json.loads(f"{{{told.pop('decision')}}}")
+            assert told == {"reservation": "r1", "granted": 200, "tokens_left": 800}
+            assert why == {
+                "policy_at": 0.0,
+                "limit": "1000 tokens per day",
+                "used": 0,
+                "held": 200,
+                "needs": 200,
+                "ends": gateway.now + 12 * 3600,
             }
             assert (await gateway.settle("r1", 42)).overall_code == OK
             second = await gateway.reserve("r2")
@@ -149,7 +155,8 @@ def test_without_a_limit_no_counter_is_needed(own_valkey):
             gateway.limits = (Limit("ollama", "*", Unit.REQUESTS, Window.DAY, 0),)
             answer = await gateway.reserve()
             assert answer.overall_code == OK
-            assert dict(answer.dynamic_metadata) == {"reservation": "r1", "granted": 0}
+            told = dict(answer.dynamic_metadata)
+            assert told == {"reservation": "r1", "granted": 0, "decision": '"away":"redis"'}
 
     own_valkey.run(told)
 

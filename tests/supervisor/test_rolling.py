@@ -41,7 +41,7 @@ usage: {flush_seconds: 0.01}
 shutdown: {drain_seconds: 4}
 """
 CALLS = 250
-EVERYTHING = ("authz", "ratelimit", "usage_sink", "envoy")
+EVERYTHING = ("authz", "ratelimit", "usage_sink", "admin", "envoy")
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def test_the_command_restarts_all_one_after_the_other(gateway: Gateway, someone:
     assert not set(before) & set(after)
     assert not any(map(alive, before))
     assert works(someone)
-    assert len(gateway.processes()) == 6
+    assert len(gateway.processes()) == 7
     assert gateway.cli("status")["ok"] is True
 
 
@@ -496,7 +496,7 @@ def test_a_stop_lets_the_streams_of_both_envoys_end(tmp_path: Path, upstream: St
             until(lambda: asked.done)
             with streaming(someone, "new") as new:
                 everybody = gateway.processes()
-                assert len(everybody) == 7
+                assert len(everybody) == 8
                 terminate(gateway)
                 asked.ended()
                 assert asked.error == "`up` was told to stop in the middle of it"
@@ -529,7 +529,7 @@ def test_a_killed_supervisor_takes_both_envoys_along(tmp_path: Path, upstream: S
             asked = Asked(gateway, "envoy")
             until(lambda: asked.done)
             everybody = gateway.processes()
-            assert len(everybody) == 7
+            assert len(everybody) == 8
             gateway.process.kill()
             all_end(everybody)
             asked.ended()

@@ -143,7 +143,7 @@ def test_a_killed_supervisor_takes_its_children_along(tmp_path: Path, upstream: 
     settings = "model: {bundled: true}\nusage: {flush_seconds: 1}\n"
     with up(tmp_path, upstream, settings) as gateway:
         everybody = gateway.processes()
-        assert len(everybody) == 7
+        assert len(everybody) == 8
         someone = gateway.someone()
         short = CHAT | {"max_tokens": 1, "messages": [{"role": "user", "content": "x"}]}
         assert someone.post("/v1/chat/completions", short).status_code == 200

@@ -31,7 +31,13 @@ def test_every_day_what_is_older_goes_and_an_outage_costs_a_day(
 
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(
-            prune_daily(prune, days=30, clock=lambda: NOW.timestamp() + days * 86_400, pause=a_day)
+            prune_daily(
+                prune,
+                what="usage",
+                days=30,
+                clock=lambda: NOW.timestamp() + days * 86_400,
+                pause=a_day,
+            )
         )
     assert asked == [datetime(2026, 3, day, 12, 0, tzinfo=UTC) for day in (1, 2, 3)]
     assert "old rows not removed" in caplog.text

@@ -1,5 +1,6 @@
 """What an entry of Envoy's log means as a row: every field, and the odd endings of requests."""
 
+import json
 from base64 import b64encode
 from datetime import UTC, datetime
 from typing import Any
@@ -333,6 +334,37 @@ def test_what_lua_left_out_because_it_cannot_be_is_marked() -> None:
 @pytest.mark.parametrize(("number", "ms"), [(float("nan"), None), (-1.0, 0), (1e300, 1e9)])
 def test_time_that_a_model_cannot_have_worked(number: float, ms: float | None) -> None:
     assert row(an_entry(lua={**STREAM, c.COMPUTE_MS: number})).compute_ms == ms
+
+
+LIMITS = '"policy_at":1772366399.512,"limit":"100 tokens per day","used":12,"held":8,"needs":8'
+
+
+@pytest.mark.parametrize(
+    ("who", "limits", "decision"),
+    [
+        pytest.param({}, {}, None, id="an authz that says nothing of it"),
+        pytest.param({c.KNOWN_AT: 1772366400.1234}, {}, '{"known_at":1772366400.123}', id="a list"),
+        pytest.param(
+            {c.KNOWN_AT: 1772366400.0, c.RULE: "role"},
+            {},
+            '{"rule":"role","known_at":1772366400.000}',
+            id="refused by authz",
+        ),
+        pytest.param(
+            {c.KNOWN_AT: 1772366400.0},
+            {c.DECISION: LIMITS},
+            f'{{"known_at":1772366400.000,{LIMITS}}}',
+            id="let in",
+        ),
+        pytest.param({c.KNOWN_AT: float("nan")}, {}, None, id="no number"),
+    ],
+)
+def test_a_row_says_why_it_was_decided_so(
+    who: dict[str, Any], limits: dict[str, Any], decision: str | None
+) -> None:
+    told = row(an_entry(who={**WHO, **who}, limits=limits)).decision
+    assert told == decision
+    assert told is None or json.loads(told)
 
 
 def test_what_grants_paid_for_is_in_the_row() -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import cast
+from typing import Any, cast
 from urllib.parse import unquote
 
 from sqlalchemy import URL, Connection, Engine, Table, event, exc
@@ -79,10 +79,18 @@ async def reading(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
 
 
 @asynccontextmanager
-async def writing(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-    """A transaction, committed at the end of the block, rolled back if the block raises."""
+async def writing(engine: AsyncEngine, *, alone: bool = False) -> AsyncIterator[AsyncConnection]:
+    """
+    A transaction, committed at the end of the block, rolled back if the block raises.
+
+    With `alone`, nobody else changes what it reads and then changes; else it is Unavailable. SQLite
+    has one writer at a time anyway.
+    """
+    options: dict[str, Any] = {"writes": True}
+    if alone and engine.dialect.name == "postgresql":
+        options["isolation_level"] = "REPEATABLE READ"
     with _explained(engine):
-        async with engine.execution_options(writes=True).begin() as connection:
+        async with engine.execution_options(**options).begin() as connection:
             yield connection
 
 

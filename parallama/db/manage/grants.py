@@ -10,11 +10,13 @@ from sqlalchemy import delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from parallama.db import names
-from parallama.db.manage.engine import reading, writing
+from parallama.db.manage.engine import reading
 from parallama.db.manage.limits import Amount, check_amount, check_gateway
+from parallama.db.manage.pages import Page, paged
 from parallama.db.manage.people import find_user
 from parallama.db.manage.tables import limit_grants as table
 from parallama.db.manage.tables import users
+from parallama.desk import Desk
 from parallama.errors import NotFound, UsageError
 from parallama.limits import ANY, Unit
 
@@ -38,12 +40,11 @@ _GRANTS = select(table, users.c.username).join(users, users.c.id == table.c.user
 
 
 async def grant(
-    engine: AsyncEngine,
+    desk: Desk,
     who: str,
     unit: Unit,
     amount: Amount,
     *,
-    now: datetime,
     until: datetime,
     gateway: str = ANY,
     model: str = ANY,
@@ -59,10 +60,10 @@ async def grant(
         raise UsageError("what runs at once cannot be granted: set another --concurrent limit")
     if not check_amount(unit, amount):
         raise UsageError("a grant of 0 grants nothing")
-    if until <= now:
+    if until <= desk.now:
         raise UsageError(f"a grant cannot end in the past: {until.isoformat()}")
-    async with writing(engine) as connection:
-        user = await find_user(connection, who)
+    async with desk.writing() as work:
+        user = await find_user(work.connection, who)
         id = str(uuid4())
         query = insert(table).values(
             id=id,
@@ -72,23 +73,31 @@ async def grant(
             unit=unit,
             amount=None if unit is Unit.COST else amount,
             cost=amount if unit is Unit.COST else None,
-            created_at=now,
+            created_at=desk.now,
             expires_at=until,
         )
-        await connection.execute(query)
-        return await _find(connection, id)
+        await work.connection.execute(query)
+        granted = await _find(work.connection, id)
+        await work.record("grants.create", user.username, id=id, after=granted)
+        work.changed("limits", user.id)
+    return granted
 
 
 async def list_grants(
-    engine: AsyncEngine, who: str | None = None, *, after: datetime | None = None
+    engine: AsyncEngine,
+    who: str | None = None,
+    *,
+    after: datetime | None = None,
+    page: Page | None = None,
 ) -> list[Granted]:
     """
     Every grant, or those of one user; what ends first comes first.
 
     Those that are over stay: usage rows name them. With `after` only those that end later.
     """
+    order = (users.c.username, table.c.expires_at, table.c.id)
+    query = _GRANTS.order_by(*order) if page is None else paged(_GRANTS, page, order)
     async with reading(engine) as connection:
-        query = _GRANTS.order_by(users.c.username, table.c.expires_at, table.c.id)
         if who is not None:
             query = query.where(users.c.id == (await find_user(connection, who)).id)
         if after is not None:
@@ -96,11 +105,19 @@ async def list_grants(
         return [_granted(row) for row in await connection.execute(query)]
 
 
-async def revoke_grant(engine: AsyncEngine, id: str) -> Granted:
+async def get_grant(engine: AsyncEngine, id: str) -> Granted:
+    """Raises NotFound."""
+    async with reading(engine) as connection:
+        return await _find(connection, id)
+
+
+async def revoke_grant(desk: Desk, id: str) -> Granted:
     """Remove a grant; what was used of it stays used. Raises NotFound."""
-    async with writing(engine) as connection:
-        found = await _find(connection, id)
-        await connection.execute(delete(table).where(table.c.id == found.id))
+    async with desk.writing() as work:
+        found = await _find(work.connection, id)
+        await work.connection.execute(delete(table).where(table.c.id == found.id))
+        await work.record("grants.revoke", found.username, id=found.id, before=found)
+        work.changed("limits", found.user_id)
     return found
 
 
@@ -110,7 +127,7 @@ async def _find(connection: AsyncConnection, id: str) -> Granted:
         query = _GRANTS.where(table.c.id == id.lower())
         row = (await connection.execute(query)).first()
     if row is None:
-        raise NotFound(f"there is no grant {id!r}: `parallama limits grants` shows all")
+        raise NotFound(f"there is no grant {id!r}")
     return _granted(row)
 
 

@@ -12,14 +12,18 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from parallama import keys, money
 from parallama.db import names
-from parallama.db.manage.engine import insert_or, reading, writing
-from parallama.db.manage.people import find_key, find_user
+from parallama.db.manage.credentials import find_key
+from parallama.db.manage.engine import insert_or, reading
+from parallama.db.manage.pages import Page, paged
+from parallama.db.manage.people import find_user
+from parallama.db.manage.roles import check_role
 from parallama.db.manage.tables import api_keys, users
 from parallama.db.manage.tables import gateway_rate_limits as table
 from parallama.db.policies import COLUMNS, Cell
+from parallama.desk import Desk
 from parallama.errors import NotFound, UsageError
 from parallama.limits import ANY, Unit
-from parallama.roles import Role
+from parallama.roles import BUILT_IN, Permissions
 
 GATEWAYS = ("ollama", "openai", ANY)
 
@@ -39,7 +43,7 @@ class Scope:
     """Whose limits: the defaults of a role, a user's own, or those of one of a user's keys."""
 
     label: str
-    role: Role | None = None
+    role: str | None = None
     user_id: str | None = None
     key_id: str | None = None
 
@@ -77,20 +81,13 @@ class Policy:
     updated_at: datetime
 
 
-async def find_scope(engine: AsyncEngine, text: str) -> Scope:
-    """A user by name or id, `role:NAME`, or `key:NAME_OR_ID`. Raises NotFound or UsageError."""
-    async with reading(engine) as connection:
-        return await _find_scope(connection, text)
-
-
 async def set_limits(
-    engine: AsyncEngine,
+    desk: Desk,
     whose: str,
     *,
     gateway: str,
     model: str,
     amounts: Mapping[Cell, Amount],
-    now: datetime,
     shadow: bool = False,
 ) -> Policy:
     """Set the cells in `amounts`; the others stay as they are."""
@@ -98,13 +95,21 @@ async def set_limits(
     model = names.check_model(model)
     if not amounts:
         raise UsageError("name at least one limit, such as --tokens-per-day 100000")
-    changed: dict[str, Any] = {"updated_at": now}
+    changed: dict[str, Any] = {"updated_at": desk.now}
     for cell, amount in amounts.items():
         changed[COLUMNS[cell]] = check_amount(cell[0], amount)
-    async with writing(engine) as connection:
-        scope = await _find_scope(connection, whose)
+    async with desk.writing() as work:
+        connection = work.connection
+        scope = await _find_scope(connection, desk.roles, whose)
         column, owner = scope.owner
-        query = insert_or(engine, table).values(
+        this = and_(
+            scope.is_it,
+            table.c.gateway_type == gateway,
+            table.c.model == model,
+            table.c.shadow == shadow,
+        )
+        before = await _list(connection, this)
+        query = insert_or(desk.engine, table).values(
             id=str(uuid4()),
             **{column: owner},
             gateway_type=gateway,
@@ -117,20 +122,20 @@ async def set_limits(
                 index_elements=[column, "gateway_type", "model", "shadow"], set_=changed
             )
         )
-        (policy,) = await _list(
-            connection,
-            and_(
-                scope.is_it,
-                table.c.gateway_type == gateway,
-                table.c.model == model,
-                table.c.shadow == shadow,
-            ),
+        (policy,) = await _list(connection, this)
+        await work.record(
+            "limits.set",
+            scope.label,
+            id=policy.id,
+            before=before[0] if before else None,
+            after=policy,
         )
+        work.changed("limits", policy.user_id or "")
     return policy
 
 
 async def unset_limits(
-    engine: AsyncEngine,
+    desk: Desk,
     whose: str,
     *,
     gateway: str | None = None,
@@ -145,8 +150,8 @@ async def unset_limits(
     """
     if gateway is not None:
         check_gateway(gateway)
-    async with writing(engine) as connection:
-        scope = await _find_scope(connection, whose)
+    async with desk.writing() as work:
+        scope = await _find_scope(work.connection, desk.roles, whose)
         which = [scope.is_it]
         if gateway is not None:
             which.append(table.c.gateway_type == gateway)
@@ -154,34 +159,54 @@ async def unset_limits(
             which.append(table.c.model == names.check_model(model))
         if shadow is not None:
             which.append(table.c.shadow == shadow)
-        removed = (await connection.execute(delete(table).where(*which))).rowcount
-    if not removed and len(which) > 1:
-        raise NotFound(f"{scope.label} has no limits of its own there")
-    return scope, removed
+        before = await _list(work.connection, *which)
+        if not before and len(which) > 1:
+            raise NotFound(f"{scope.label} has no limits of its own there")
+        for policy in before:
+            await work.connection.execute(delete(table).where(table.c.id == policy.id))
+            await work.record("limits.unset", scope.label, id=policy.id, before=policy)
+        work.changed("limits", scope.user_id or "")
+    return scope, len(before)
 
 
-async def list_limits(engine: AsyncEngine, whose: str | None = None) -> list[Policy]:
+async def list_limits(
+    engine: AsyncEngine,
+    whose: str | None = None,
+    *,
+    roles: Mapping[str, Permissions] = BUILT_IN,
+    page: Page | None = None,
+) -> list[Policy]:
     """
     All limits that were set, or those that count for one scope: for a key also its user's, for a
-    user those of all keys, for both the role's.
+    user those of all keys, for both the role's. Of a page the order is that of the ids.
     """
     async with reading(engine) as connection:
         if whose is None:
-            return await _list(connection)
-        scope = await _find_scope(connection, whose)
+            return await _list(connection, page=page)
+        scope = await _find_scope(connection, roles, whose)
         if scope.user_id is None:
-            return await _list(connection, scope.is_it)
+            return await _list(connection, scope.is_it, page=page)
         user = await find_user(connection, scope.user_id)
         key = api_keys.c.user_id == user.id if scope.key_id is None else scope.is_it
-        return await _list(
-            connection, or_(table.c.user_id == user.id, table.c.role == user.role, key)
-        )
+        which = or_(table.c.user_id == user.id, table.c.role == user.role, key)
+        return await _list(connection, which, page=page)
 
 
-async def user_of(engine: AsyncEngine, whose: str) -> str | None:
+async def get_limits(engine: AsyncEngine, id: str) -> Policy:
+    """Raises NotFound."""
+    async with reading(engine) as connection:
+        found = await _list(connection, table.c.id == id) if names.looks_like_id(id) else []
+    if not found:
+        raise NotFound(f"there are no limits {id!r}")
+    return found[0]
+
+
+async def user_of(
+    engine: AsyncEngine, whose: str, *, roles: Mapping[str, Permissions] = BUILT_IN
+) -> str | None:
     """The id of the user whose this is; None for a role's."""
     async with reading(engine) as connection:
-        return (await _find_scope(connection, whose)).user_id
+        return (await _find_scope(connection, roles, whose)).user_id
 
 
 def check_gateway(gateway: str) -> None:
@@ -199,7 +224,9 @@ def check_amount(unit: Unit, amount: Amount) -> Amount:
     return amount
 
 
-async def _list(connection: AsyncConnection, *which: ColumnElement[bool]) -> list[Policy]:
+async def _list(
+    connection: AsyncConnection, *which: ColumnElement[bool], page: Page | None = None
+) -> list[Policy]:
     query = (
         select(
             table,
@@ -215,7 +242,11 @@ async def _list(connection: AsyncConnection, *which: ColumnElement[bool]) -> lis
             isouter=True,
         )
         .where(*which)
-        .order_by(
+    )
+    if page is not None:
+        query = paged(query, page, (table.c.id,))
+    else:
+        query = query.order_by(
             # Defaults first. Databases do not agree where NULL belongs.
             table.c.role.is_(None),
             table.c.role,
@@ -226,23 +257,20 @@ async def _list(connection: AsyncConnection, *which: ColumnElement[bool]) -> lis
             table.c.model,
             table.c.shadow,
         )
-    )
     return [_policy(row) for row in await connection.execute(query)]
 
 
-async def _find_scope(connection: AsyncConnection, text: str) -> Scope:
+async def _find_scope(
+    connection: AsyncConnection, roles: Mapping[str, Permissions], text: str
+) -> Scope:
+    """A user by name or id, `role:NAME`, or `key:NAME_OR_ID`. Raises NotFound or UsageError."""
     if text.startswith(_KEY):
         key = await find_key(connection, text.removeprefix(_KEY))
         return Scope(_key_label(key.public_id), user_id=key.user_id, key_id=key.id)
     if not text.startswith(_ROLE):
         user = await find_user(connection, text)
         return Scope(user.username, user_id=user.id)
-    name = text.removeprefix(_ROLE)
-    try:
-        return Scope(text, role=Role(name))
-    except ValueError:
-        known = ", ".join(Role)
-        raise NotFound(f"there is no role {name!r}: the roles are {known}") from None
+    return Scope(text, role=await check_role(connection, roles, text.removeprefix(_ROLE)))
 
 
 def _key_label(public_id: str) -> str:

@@ -1,8 +1,10 @@
-"""Users and API keys: made, shown, changed."""
+"""Users: made, shown, changed."""
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -10,70 +12,66 @@ from sqlalchemy import delete, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from parallama import keys
+from parallama.config import Authentication
 from parallama.db import names
-from parallama.db.manage.engine import reading, writing
-from parallama.db.manage.tables import api_keys, users
-from parallama.errors import Conflict, NotFound, UsageError
+from parallama.db.manage.engine import reading
+from parallama.db.manage.pages import Page, paged
+from parallama.db.manage.roles import check_role
+from parallama.db.manage.tables import api_keys, refresh_tokens, user_roles, users
+from parallama.desk import Desk, Work
+from parallama.errors import Conflict, NotFound
 from parallama.roles import Role
 
 
 @dataclass(frozen=True, slots=True)
 class User:
+    """`role` also says whose default limits count; `more_roles` grant more, in order."""
+
     id: str
     username: str
-    role: Role
+    role: str
+    more_roles: tuple[str, ...]
+    has_password: bool
     created_at: datetime
     updated_at: datetime
     disabled_at: datetime | None
 
 
-@dataclass(frozen=True, slots=True)
-class ApiKey:
-    """A key without its secret, which nobody can show again."""
-
-    id: str
-    public_id: str
-    name: str | None
-    user_id: str
-    username: str
-    models: tuple[str, ...] | None
-    networks: tuple[str, ...] | None
-    created_at: datetime
-    expires_at: datetime | None
-    revoked_at: datetime | None
-    last_used_at: datetime | None
+_COLUMNS = users.c["id", "username", "role", "created_at", "updated_at", "disabled_at"]
+_USERS = select(*_COLUMNS, users.c.password_hash.is_not(None).label("has_password"))
 
 
-_USERS = select(*users.c["id", "username", "role", "created_at", "updated_at", "disabled_at"])
-_KEYS = select(
-    *api_keys.c["id", "public_id", "name", "user_id", "models", "networks"],
-    *api_keys.c["created_at", "expires_at", "revoked_at", "last_used_at"],
-    users.c.username,
-).join(users, users.c.id == api_keys.c.user_id)
-
-
-async def create_user(engine: AsyncEngine, name: str, role: Role, *, now: datetime) -> User:
+async def create_user(
+    desk: Desk, name: str, role: str = Role.USER, *, more_roles: Iterable[str] = ()
+) -> User:
     """Raises Conflict where there is a user of that name, also when both are created at once."""
     name = names.check_username(name)
-    user = User(str(uuid4()), name, role, created_at=now, updated_at=now, disabled_at=None)
-    async with writing(engine) as connection:
+    id = str(uuid4())
+    async with desk.writing() as work:
         query = insert(users).values(
-            id=user.id,
-            username=user.username,
-            role=role,
-            is_admin=role is Role.ADMIN,
-            created_at=now,
-            updated_at=now,
+            id=id,
+            username=name,
+            role=await check_role(work.connection, desk.roles, role),
+            is_admin=role == Role.ADMIN,
+            created_at=desk.now,
+            updated_at=desk.now,
         )
-        await _unless_taken(connection, query, name)
+        await _unless_taken(work.connection, query, name)
+        await _set_more_roles(work, desk, id, more_roles)
+        user = await find_user(work.connection, id)
+        await work.record("users.create", name, id=id, after=user)
     return user
 
 
-async def list_users(engine: AsyncEngine) -> list[User]:
+async def list_users(engine: AsyncEngine, page: Page | None = None) -> list[User]:
+    """By name."""
+    query = _USERS.order_by(users.c.username)
+    if page is not None:
+        query = paged(_USERS, page, (users.c.username,))
     async with reading(engine) as connection:
-        rows = await connection.execute(_USERS.order_by(users.c.username))
-    return [_user(row) for row in rows]
+        rows = (await connection.execute(query)).all()
+        more = await _more_roles(connection)
+    return [_user(row, more.get(row.id, ())) for row in rows]
 
 
 async def get_user(engine: AsyncEngine, who: str) -> User:
@@ -83,93 +81,79 @@ async def get_user(engine: AsyncEngine, who: str) -> User:
 
 
 async def update_user(
-    engine: AsyncEngine,
+    desk: Desk,
     who: str,
     *,
-    now: datetime,
-    role: Role | None = None,
+    role: str | None = None,
+    more_roles: Iterable[str] | None = None,
     username: str | None = None,
 ) -> User:
     """Change what is given. Usage rows keep the name that the user had at the time."""
     changes: dict[str, Any] = {}
-    if role is not None:
-        changes |= {"role": role, "is_admin": role is Role.ADMIN}
     if username is not None:
         changes["username"] = names.check_username(username)
-    return await _change_user(engine, who, changes, now)
+    async with desk.writing() as work:
+        if role is not None:
+            role = await check_role(work.connection, desk.roles, role)
+            changes |= {"role": role, "is_admin": role == Role.ADMIN}
+        async with _keeping_an_admin(desk, work):
+            before = await find_user(work.connection, who)
+            if more_roles is not None:
+                await _set_more_roles(work, desk, before.id, more_roles)
+            return await _change(work, "users.update", before, changes)
 
 
-async def disable_user(engine: AsyncEngine, who: str, *, now: datetime) -> User:
-    """None of the user's keys works until `enable_user`."""
-    return await _change_user(engine, who, {"disabled_at": now}, now)
+async def disable_user(desk: Desk, who: str) -> User:
+    """None of the user's credentials works until `enable_user`."""
+    async with desk.writing() as work, _keeping_an_admin(desk, work):
+        before = await find_user(work.connection, who)
+        return await _change(work, "users.disable", before, {"disabled_at": desk.now})
 
 
-async def enable_user(engine: AsyncEngine, who: str, *, now: datetime) -> User:
-    return await _change_user(engine, who, {"disabled_at": None}, now)
+async def enable_user(desk: Desk, who: str) -> User:
+    async with desk.writing() as work:
+        before = await find_user(work.connection, who)
+        return await _change(work, "users.enable", before, {"disabled_at": None})
 
 
-async def delete_user(engine: AsyncEngine, who: str) -> User:
-    """With the user go the keys and limits. What was used stays on record."""
-    async with writing(engine) as connection:
-        user = await find_user(connection, who)
-        await connection.execute(delete(users).where(users.c.id == user.id))
+async def set_password(
+    desk: Desk, who: str, password: str | None, *, settings: Authentication
+) -> User:
+    """
+    From now on the user logs in with this one, or with None not at all. All sessions end.
+
+    Raises UsageError where it is too weak.
+    """
+    from parallama import passwords
+
+    hash = None
+    if password is not None:
+        user = await get_user(desk.engine, who)
+        passwords.check(password, username=user.username, min_length=settings.password_min_length)
+        rounds = settings.password_hash_rounds
+        hash = await asyncio.to_thread(passwords.hash, password, rounds=rounds)
+    async with desk.writing() as work:
+        before = await find_user(work.connection, who)
+        values = {"password_hash": hash} | await _end_sessions(work, before)
+        return await _change(work, "users.set-password", before, values)
+
+
+async def log_out(desk: Desk, who: str) -> User:
+    """End all of a user's sessions. Keys stay good."""
+    async with desk.writing() as work:
+        before = await find_user(work.connection, who)
+        return await _change(work, "users.log-out", before, await _end_sessions(work, before))
+
+
+async def delete_user(desk: Desk, who: str) -> User:
+    """With the user go all credentials and limits. What was used stays on record."""
+    async with desk.writing() as work, _keeping_an_admin(desk, work):
+        user = await find_user(work.connection, who)
+        await work.connection.execute(delete(users).where(users.c.id == user.id))
+        await work.record("users.delete", user.username, id=user.id, before=user)
+        work.changed("user", user.id)
+        work.changed("limits", user.id)
     return user
-
-
-async def create_key(
-    engine: AsyncEngine,
-    who: str,
-    minted: keys.Minted,
-    *,
-    now: datetime,
-    name: str | None = None,
-    expires_at: datetime | None = None,
-    models: list[str] | None = None,
-    networks: list[str] | None = None,
-) -> ApiKey:
-    """Store what `minted` leaves behind, for a user by name or id. `models` None allows all."""
-    if expires_at is not None and expires_at <= now:
-        raise UsageError(f"a key cannot expire in the past: {expires_at.isoformat()}")
-    given = {
-        "id": str(uuid4()),
-        "public_id": minted.public_id,
-        "name": None if name is None else names.check_key_name(name),
-        "models": names.check_models(models),
-        "networks": names.check_networks(networks),
-        "created_at": now,
-        "expires_at": expires_at,
-    }
-    async with writing(engine) as connection:
-        user = await find_user(connection, who)
-        query = insert(api_keys).values(**given, user_id=user.id, key_hash=minted.secret_hash)
-        await connection.execute(query)
-        return await find_key(connection, minted.public_id)
-
-
-async def list_keys(engine: AsyncEngine, who: str | None = None) -> list[ApiKey]:
-    """Every key, or those of one user by name or id; oldest first."""
-    async with reading(engine) as connection:
-        query = _KEYS.order_by(api_keys.c.created_at, api_keys.c.id)
-        if who is not None:
-            query = query.where(users.c.id == (await find_user(connection, who)).id)
-        rows = await connection.execute(query)
-    return [_key(row) for row in rows]
-
-
-async def get_key(engine: AsyncEngine, which: str) -> ApiKey:
-    """`which` is a key's id, its public id (with or without `plm_`), or its name."""
-    async with reading(engine) as connection:
-        return await find_key(connection, which)
-
-
-async def revoke_key(engine: AsyncEngine, which: str, *, now: datetime) -> ApiKey:
-    """For good. Revoking twice keeps the first time."""
-    async with writing(engine) as connection:
-        key = await find_key(connection, which)
-        if key.revoked_at is None:
-            query = update(api_keys).where(api_keys.c.id == key.id).values(revoked_at=now)
-            await connection.execute(query)
-        return await find_key(connection, key.id)
 
 
 async def count(engine: AsyncEngine) -> tuple[int, int]:
@@ -195,17 +179,72 @@ async def find_user(connection: AsyncConnection, who: str) -> User:
     row = (await connection.execute(query)).first()
     if row is None:
         raise NotFound(f"there is no user {who!r}")
-    return _user(row)
+    return _user(row, (await _more_roles(connection, row.id)).get(row.id, ()))
 
 
-async def _change_user(
-    engine: AsyncEngine, who: str, changes: Mapping[str, Any], now: datetime
-) -> User:
-    async with writing(engine) as connection:
-        user = await find_user(connection, who)
-        query = update(users).where(users.c.id == user.id).values(**changes, updated_at=now)
-        await _unless_taken(connection, query, changes.get("username", user.username))
-        return await find_user(connection, user.id)
+async def _change(work: Work, action: str, before: User, changes: dict[str, Any]) -> User:
+    query = update(users).where(users.c.id == before.id).values(**changes, updated_at=work.now)
+    await _unless_taken(work.connection, query, changes.get("username", before.username))
+    after = await find_user(work.connection, before.id)
+    await work.record(action, after.username, id=after.id, before=before, after=after)
+    work.changed("user", after.id)
+    if after.role != before.role:  # another role has other defaults
+        work.changed("limits", after.id)
+    return after
+
+
+async def _end_sessions(work: Work, user: User) -> dict[str, Any]:
+    """What to change in the user's row, so that no token of before is good."""
+    lock = select(users.c.id).where(users.c.id == user.id).with_for_update(key_share=True)
+    await work.connection.execute(lock)  # before the tokens, as whoever uses one does
+    query = update(refresh_tokens).where(
+        refresh_tokens.c.user_id == user.id, refresh_tokens.c.revoked_at.is_(None)
+    )
+    await work.connection.execute(query.values(revoked_at=work.now))
+    # Times in tokens are whole seconds. One that is issued in this same second is told of it, and
+    # says the next (tokens.issue).
+    return {"tokens_valid_from": work.now.replace(microsecond=0) + timedelta(seconds=1)}
+
+
+@asynccontextmanager
+async def _keeping_an_admin(desk: Desk, work: Work) -> AsyncIterator[None]:
+    """Raises Conflict where the block takes the last one away, and the desk is to keep one."""
+    query = (
+        select(users.c.id)
+        .where(users.c.disabled_at.is_(None))
+        .where(
+            or_(
+                users.c.role == Role.ADMIN,
+                users.c.id.in_(select(user_roles.c.user_id).where(user_roles.c.role == Role.ADMIN)),
+            )
+        )
+    )
+    before: Sequence[Any] = ()
+    if desk.keeps_an_admin:  # the lock lets others wait who would take away another at this moment
+        locked = query.order_by(users.c.id).with_for_update()
+        before = (await work.connection.execute(locked)).all()
+    yield
+    if before and (await work.connection.execute(query.limit(1))).first() is None:
+        raise Conflict("this is the last admin who can come in: make another one first")
+
+
+async def _set_more_roles(work: Work, desk: Desk, id: str, wanted: Iterable[str]) -> None:
+    await work.connection.execute(delete(user_roles).where(user_roles.c.user_id == id))
+    for role in dict.fromkeys(wanted):
+        role = await check_role(work.connection, desk.roles, role)
+        await work.connection.execute(insert(user_roles).values(user_id=id, role=role))
+
+
+async def _more_roles(
+    connection: AsyncConnection, id: str | None = None
+) -> dict[str, tuple[str, ...]]:
+    query = select(user_roles).order_by(user_roles.c.role)
+    if id is not None:
+        query = query.where(user_roles.c.user_id == id)
+    found: dict[str, tuple[str, ...]] = {}
+    for row in await connection.execute(query):
+        found[row.user_id] = (*found.get(row.user_id, ()), row.role)
+    return found
 
 
 async def _unless_taken(connection: AsyncConnection, query: Any, username: str) -> None:
@@ -215,60 +254,14 @@ async def _unless_taken(connection: AsyncConnection, query: Any, username: str) 
         raise Conflict(f"there is a user {username!r} already") from error
 
 
-async def find_key(connection: AsyncConnection, which: str) -> ApiKey:
-    parsed = keys.parse(which)
-    if parsed is not None:
-        raise UsageError(
-            "that is a whole key, and other users of this machine can see command lines: "
-            f"name it by its public part, {keys.PREFIX}{parsed.public_id}"
-        )
-    if names.looks_like_id(which):
-        query = _KEYS.where(api_keys.c.id == which.lower())
-        found = [_key(row) for row in await connection.execute(query)]
-    else:
-        public_id = which.removeprefix(keys.PREFIX)
-        query = _KEYS.where(
-            or_(api_keys.c.public_id == public_id, api_keys.c.name == names.normal(which))
-        )
-        found = [_key(row) for row in await connection.execute(query)]
-        found = (
-            [key for key in found if key.public_id == public_id]
-            or [key for key in found if key.revoked_at is None]
-            or found
-        )
-    if not found:
-        raise NotFound(f"there is no key {which!r}")
-    if len(found) > 1:
-        raise Conflict(f"{len(found)} keys are named {which!r}: name one by its id")
-    return found[0]
-
-
-def _user(row: Any) -> User:
+def _user(row: Any, more_roles: tuple[str, ...]) -> User:
     return User(
         id=row.id,
         username=row.username,
-        role=Role(row.role),
+        role=row.role,
+        more_roles=more_roles,
+        has_password=row.has_password,
         created_at=row.created_at,
         updated_at=row.updated_at,
         disabled_at=row.disabled_at,
     )
-
-
-def _key(row: Any) -> ApiKey:
-    return ApiKey(
-        id=row.id,
-        public_id=row.public_id,
-        name=row.name,
-        user_id=row.user_id,
-        username=row.username,
-        models=_tuple(row.models),
-        networks=_tuple(row.networks),
-        created_at=row.created_at,
-        expires_at=row.expires_at,
-        revoked_at=row.revoked_at,
-        last_used_at=row.last_used_at,
-    )
-
-
-def _tuple(values: list[str] | None) -> tuple[str, ...] | None:
-    return None if values is None else tuple(values)

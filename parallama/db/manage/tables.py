@@ -121,13 +121,46 @@ users = Table(
     metadata,
     Column("id", Id, primary_key=True),
     Column("username", String(255), nullable=False, unique=True),
-    Column("password_hash", String(255)),  # NULL: comes in by API key only
+    Column("password_hash", String(255)),  # NULL: cannot log in
     Column("role", String(50), nullable=False, server_default="user"),
     Column("is_admin", Boolean, nullable=False),
     Column("created_at", UtcTime, nullable=False),
     Column("updated_at", UtcTime, nullable=False),
     Column("disabled_at", UtcTime),
+    # Tokens that were issued before it are good no more.
+    Column("tokens_valid_from", UtcTime),
     CheckConstraint("is_admin = (role = 'admin')", name="admin_by_role"),
+)
+
+# Beside the one in `users`, which also says whose default limits count.
+user_roles = Table(
+    "user_roles",
+    metadata,
+    Column("user_id", Id, ForeignKey("users.id", ondelete="CASCADE"), primary_key=True),
+    Column("role", String(50), primary_key=True),
+)
+
+# Those that are neither built in nor in the configuration.
+roles = Table(
+    "roles",
+    metadata,
+    Column("name", String(50), primary_key=True),
+    Column("permissions", JSON, nullable=False),
+    Column("description", String(255)),
+    Column("created_at", UtcTime, nullable=False),
+    Column("updated_at", UtcTime, nullable=False),
+)
+
+# Who a user is for an issuer of tokens that is not us.
+identities = Table(
+    "identities",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("user_id", Id, ForeignKey("users.id", ondelete="CASCADE"), nullable=False, index=True),
+    Column("issuer", String(255), nullable=False),
+    Column("subject", String(255), nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    UniqueConstraint("issuer", "subject"),
 )
 
 api_keys = Table(
@@ -136,10 +169,18 @@ api_keys = Table(
     Column("id", Id, primary_key=True),
     Column("user_id", Id, ForeignKey("users.id", ondelete="CASCADE"), nullable=False, index=True),
     Column("public_id", String(12), nullable=False, unique=True),
+    # `secret`: a bcrypt hash is kept. `ssh`: the public key is, as OpenSSH writes it.
+    Column("kind", String(10), nullable=False, server_default="secret"),
     Column("key_hash", String(255), nullable=False),
     Column("name", String(255)),
     Column("models", Names),  # NULL: every model
     Column("networks", Names),  # NULL: from everywhere
+    Column("gateways", Names),  # NULL: every gateway
+    Column("scopes", Names),  # NULL: all that the user may do, else permissions
+    # After a rotation the secret before this one is good for a while.
+    Column("previous_public_id", String(12), unique=True),
+    Column("previous_key_hash", String(255)),
+    Column("previous_expires_at", UtcTime),
     Column("created_at", UtcTime, nullable=False),
     Column("expires_at", UtcTime),
     Column("revoked_at", UtcTime),
@@ -151,11 +192,26 @@ refresh_tokens = Table(
     metadata,
     Column("id", Id, primary_key=True),
     Column("user_id", Id, ForeignKey("users.id", ondelete="CASCADE"), nullable=False, index=True),
+    # All that came from one log-in.
+    Column("family_id", Id, nullable=False, index=True),
+    Column("public_id", String(12), nullable=False, unique=True),
     Column("token_hash", String(255), nullable=False),
     Column("issued_at", UtcTime, nullable=False),
-    Column("expires_at", UtcTime, nullable=False),
+    Column("expires_at", UtcTime, nullable=False, index=True),
     Column("revoked_at", UtcTime),
-    Column("replaced_by", Id, ForeignKey("refresh_tokens.id", ondelete="SET NULL")),
+    Column("replaced_at", UtcTime),
+    Column("replaced_by", Id, ForeignKey("refresh_tokens.id", ondelete="SET NULL"), index=True),
+)
+
+# Access tokens that are refused though they have not expired.
+revoked_tokens = Table(
+    "revoked_tokens",
+    metadata,
+    Column("jti", String(255), primary_key=True),
+    Column("issuer", String(255), primary_key=True),
+    Column("user_id", Id, ForeignKey("users.id", ondelete="CASCADE"), index=True),
+    Column("revoked_at", UtcTime, nullable=False),
+    Column("expires_at", UtcTime, nullable=False, index=True),
 )
 
 gateway_rate_limits = Table(
@@ -254,6 +310,7 @@ gateway_usage_logs = Table(
     Column("upstream_host", String(255)),
     Column("cost", Money),  # NULL: the model has no price
     Column("grants", Text),  # NULL: limits paid for everything
+    Column("decision", Text),  # why it was let in or refused, as JSON
     Index(None, "user_id", "timestamp"),
     # Rows that stand for lost ones: found without looking at the others.
     Index(
@@ -274,4 +331,22 @@ model_mappings = Table(
     Column("created_at", UtcTime, nullable=False),
     Column("updated_at", UtcTime, nullable=False),
     UniqueConstraint("gateway_type", "external_model"),
+)
+
+# Rows are added and never touched again: the database itself sees to it.
+audit_log = Table(
+    "audit_log",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("at", UtcTime, nullable=False, index=True),
+    Column("actor_id", String(36)),  # NULL: not a user of ours
+    Column("actor", String(255), nullable=False),
+    Column("via", String(20), nullable=False),
+    Column("address", String(64)),
+    Column("request_id", String(255)),
+    Column("action", String(100), nullable=False),
+    Column("subject_id", String(255)),
+    Column("subject", String(255), nullable=False),
+    Column("before", JSON(none_as_null=True)),
+    Column("after", JSON(none_as_null=True)),
 )

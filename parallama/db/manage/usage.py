@@ -118,10 +118,16 @@ class Which:
 
 
 async def rows(
-    engine: AsyncEngine, which: Which, *, newest_first: bool = False, limit: int | None = None
+    engine: AsyncEngine,
+    which: Which,
+    *,
+    newest_first: bool = False,
+    after: tuple[datetime, str] | None = None,
+    limit: int | None = None,
 ) -> AsyncIterator[UsageRecord]:
     """
-    The records in the order of time. Reads a page at a time, so a slow reader holds up nobody.
+    The records in the order of time, beyond the one of this time and request. Reads a page at a
+    time, so a slow reader holds up nobody.
 
     Raises NotFound for a user whom nobody knows and who has no rows either.
     """
@@ -134,6 +140,9 @@ async def rows(
     async with reading(engine) as connection:
         query = query.where(*await _conditions(connection, which))
     page = query
+    if after is not None:
+        last = tuple_(*after, types=_POSITION)
+        page = query.where(position < last if newest_first else position > last)
     left = limit
     while left is None or left > 0:
         size = _PAGE_ROWS if left is None else min(left, _PAGE_ROWS)
@@ -162,6 +171,14 @@ async def summary(engine: AsyncEngine, which: Which, by: Sequence[str]) -> list[
             .order_by(*groups.values())
         )
         return [dict(row._mapping) for row in await connection.execute(query)]
+
+
+async def find_row(engine: AsyncEngine, request_id: str) -> UsageRecord | None:
+    """That of one request."""
+    async with reading(engine) as connection:
+        query = _ROWS.where(table.c.request_id == request_id)
+        row = (await connection.execute(query)).first()
+    return None if row is None else UsageRecord(*row)
 
 
 async def count(engine: AsyncEngine) -> int:

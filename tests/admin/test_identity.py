@@ -1,0 +1,31 @@
+"""What authz tells of a caller, and what the service understands."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parallama import identity
+from parallama.roles import BUILT_IN, Role
+from tests.examples import examples
+
+NAMES = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=255)
+
+
+@given(NAMES)
+@examples(50)
+def test_a_name_arrives_as_it_is_and_passes_for_a_header(name: str) -> None:
+    told = identity.headers(
+        user="u", username=name, permissions=BUILT_IN[Role.ADMIN], kind="key", id="k"
+    )
+    assert all(value.isascii() and value.isprintable() for value in told.values())
+    assert identity.username(told[identity.USERNAME]) == name
+
+
+def test_all_are_told_each_time() -> None:
+    """So that each is set in the place of one that a client may have sent."""
+    told = identity.headers(user="u", username="n", permissions=frozenset(), kind="token", id="j")
+    assert told == {
+        identity.USER: "u",
+        identity.USERNAME: "n",
+        identity.PERMISSIONS: "",
+        identity.CREDENTIAL: "token:j",
+    }
