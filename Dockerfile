@@ -36,6 +36,7 @@ RUN groupadd --gid 10001 parallama \
  && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/lib/parallama \
       --shell /usr/sbin/nologin parallama \
  && install -d -o 10001 -g 10001 -m 0700 /var/lib/parallama \
+ && install -d -o 10001 -g 10001 -m 0700 /run/signing \
  && install -d -o 10001 -g 10001 -m 0750 /run/secrets \
  && install -d /etc/parallama
 COPY --from=build /opt/parallama /opt/parallama
@@ -43,7 +44,7 @@ ENV PATH=/opt/parallama/bin:${PATH} \
     PARALLAMA_CONFIG=/etc/parallama/config.yaml \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
-    MALLOC_ARENA_MAX=2
+    MALLOC_ARENA_MAX=1
 WORKDIR /var/lib/parallama
 USER 10001:10001
 CMD ["parallama", "--help"]

@@ -8,15 +8,17 @@ from functools import partial
 from authz.bearers import Bearers
 from authz.issuers import trusted
 from authz.keyring import Keyring
+from authz.mapped import Mapped
 from authz.service import CHECK, Authz
 from authz.signed import SEEN, Signatures
 from authz.streams import JUDGE, Streams
-from parallama import changes, daemon, rpc
+from parallama import changes, daemon, rpc, shapes
 from parallama.changes import Change
 from parallama.clock import system_clock
 from parallama.config import Config
 from parallama.db.accounts import find_key
-from parallama.endpoints import ADMIN
+from parallama.db.mappings import mappings_of
+from parallama.endpoints import ADMIN, DISCOVERY
 from parallama.pipeline import Pipeline
 from parallama.presence import LOOK_SECONDS, Presence, opened
 from parallama.stores import connect_redis, socket_path
@@ -46,7 +48,12 @@ async def main(config: Config, wait: bool) -> None:
             clock=system_clock,
         )
         streams = Streams(db, size=told.key_cache_size)
-        remembering = (keyring, signatures, streams)
+        mapped = Mapped(
+            partial(mappings_of, db),
+            configured=config.api_gateways.model_mappings,
+            defaults=config.api_gateways.default_models,
+        )
+        remembering = (keyring, signatures, streams, mapped)
 
         def on_change(change: Change) -> None:
             for each in remembering:
@@ -73,8 +80,14 @@ async def main(config: Config, wait: bool) -> None:
         service = Authz(
             keyring,
             signatures,
-            gateways=[*config.api_gateways.enabled, *[ADMIN] * config.admin.enabled],
+            mapped,
+            gateways=[
+                *config.api_gateways.enabled,
+                *[ADMIN] * config.admin.enabled,
+                *[DISCOVERY] * config.api_gateways.discovery.enabled,
+            ],
             text_counted=config.api_gateways.text_counted,
+            shapes=shapes.written(config.request_shapes) if config.request_shapes else {},
             clock=system_clock,
         )
         async with asyncio.TaskGroup() as tasks:

@@ -47,6 +47,7 @@ class _Verified:
     id: str
     issued_at: float
     expires_at: float
+    outside: bool
 
 
 class Bearers:
@@ -122,10 +123,9 @@ class Bearers:
             and jws.verify(token, key)  # the dearest comes last
         )
         id = jws.text_claim(claims, "jti") or hashlib.sha256(token.signed).hexdigest()
+        until = expires_at + self._skew
         return (
-            _Verified(issuer.name, subject, id, issued_at, expires_at + self._skew)
-            if good
-            else None
+            _Verified(issuer.name, subject, id, issued_at, until, issuer.outside) if good else None
         )
 
     def _judged(self, verified: _Verified, holder: Holder) -> TokenRecord | Deny:
@@ -141,6 +141,7 @@ class Bearers:
             account=holder.account,
             expires_at=verified.expires_at,
             scopes=holder.scopes,
+            outside=verified.outside,
         )
 
     def on_change(self, change: Change) -> None:

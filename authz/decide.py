@@ -1,26 +1,27 @@
 """May this request go on? (pure)"""
 
 import ipaddress
-from collections.abc import Container
-from dataclasses import dataclass, field, replace
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from authz import jws
 from authz.watched import watch_word
-from parallama import identity
-from parallama.db.accounts import Credential
+from parallama import identity, mappings
+from parallama.db.accounts import Credential, TokenRecord
 from parallama.dialects import OLLAMA
 from parallama.endpoints import (
     ADMIN,
     ADMIN_API,
-    ONE_MODEL,
+    DISCOVERY,
+    DISCOVERY_PAGE,
     Action,
     Endpoint,
     find_endpoint,
     knows_path,
     model_allowed,
 )
-from parallama.roles import permits, within
+from parallama.roles import GATEWAYS, permits, within
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +45,19 @@ class Asked:
     """Every credential that was sent, by whatever header; a header of another form is ''."""
     request_id: str = ""
     """The same where Envoy asks again, another for every other request."""
+    told_id: str = ""
+    """`x-request-id`, which a refusal may name."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelAsked:
-    """The second question: may the key's owner use this model?"""
+    """The second question: may the key's owner use this model, or the name that means it?"""
 
     dialect: str
     models: tuple[str, ...]
     model: str | None
+    told_id: str = ""
+    requested: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +89,11 @@ class Allow:
     models: tuple[str, ...] | None
     signed: bool = False
     headers: tuple[tuple[str, str], ...] = ()
-    watch: str = ""
-    """What is asked as long as the answer runs: see `authz.watched`."""
+    watch: str = field(default="", compare=False)
+    """
+    What is asked as long as the answer runs: see `authz.watched`. Not compared, for of two tokens
+    of one user it is all that differs (`wire.render_allow`).
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,12 +186,15 @@ def identify(
         return _forbidden(
             "This API key may not be used from your network address.", caller, "network"
         )
-    if key.gateways is not None and asked.gateway not in key.gateways:
+    if key.gateways is not None and asked.gateway not in (*key.gateways, DISCOVERY):
         return _forbidden("This API key may not be used for this gateway.", caller, "gateway")
     if endpoint is None:
         return _unknown_endpoint(asked, caller, served=served)
     if endpoint is ADMIN_API:
-        return Allow(caller, endpoint, None, headers=_told(key, is_token=is_token))
+        return Allow(caller, endpoint, None, headers=_told(key))
+    if endpoint is DISCOVERY_PAGE:
+        seen = [each for each in GATEWAYS if _may_see(key, each)]
+        return Allow(caller, endpoint, None, headers=_view(key, asked, seen))
     needed = ("models", endpoint.action, asked.gateway)
     if not permits(account.permissions, *needed):
         return _forbidden(
@@ -198,23 +209,39 @@ def identify(
         return _forbidden(
             "An API key restricted to some models may not manage models.", caller, "models"
         )
-    if key.models is not None and endpoint.path == ONE_MODEL:
-        named = asked.path.removeprefix("/v1/models/")
-        hidden = judge_model(ModelAsked(asked.dialect, key.models, named))
-        if hidden is not None:
-            return replace(hidden, caller=caller)
     # What answers at once need not be watched.
     watch = "" if endpoint.action is Action.READ else watch_word(key, asked.dialect)
-    return Allow(caller, endpoint, key.models, watch=watch)
+    headers = _view(key, asked, [asked.gateway]) if endpoint.catalogued else ()
+    return Allow(caller, endpoint, key.models, headers=headers, watch=watch)
 
 
 def _endpoint(asked: Asked) -> Endpoint | None:
     if asked.gateway == ADMIN:
         return ADMIN_API
+    if asked.gateway == DISCOVERY:
+        return DISCOVERY_PAGE
     return find_endpoint(asked.method, asked.path)
 
 
-def _told(key: Credential, *, is_token: bool) -> tuple[tuple[str, str], ...]:
+def _may_see(key: Credential, gateway: str) -> bool:
+    """Whether this is a gateway whose models the caller may read of."""
+    needed = ("models", Action.READ, gateway)
+    return (
+        (key.gateways is None or gateway in key.gateways)
+        and permits(key.account.permissions, *needed)
+        and (key.scopes is None or permits(key.scopes, *needed))
+    )
+
+
+def _view(key: Credential, asked: Asked, gateways: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """What may be shown to the caller, for the service that does so."""
+    told = identity.viewer_headers(
+        endpoint=asked.path, gateways=gateways, dialect=asked.dialect, models=key.models
+    )
+    return tuple(told.items())
+
+
+def _told(key: Credential) -> tuple[tuple[str, str], ...]:
     account = key.account
     permitted = account.permissions
     if key.scopes is not None:
@@ -223,10 +250,16 @@ def _told(key: Credential, *, is_token: bool) -> tuple[tuple[str, str], ...]:
         user=account.id,
         username=account.username,
         permissions=permitted,
-        kind="token" if is_token else "key",
+        kind=_kind(key),
         id=key.id,
     )
     return tuple(told.items())
+
+
+def _kind(key: Credential) -> str:
+    if isinstance(key, TokenRecord):
+        return identity.OUTSIDE if key.outside else identity.TOKEN
+    return identity.KEY
 
 
 def judge_model(asked: ModelAsked) -> Deny | None:
@@ -235,19 +268,18 @@ def judge_model(asked: ModelAsked) -> Deny | None:
         return Deny(400, "model_required", "The request names no model: set 'model'.", rule="model")
     if model_allowed(asked.models, asked.model):
         return None
+    if asked.requested is not None and _may_say(asked.models, asked.requested):
+        return None
+    named = asked.requested or asked.model
+    message = f"The model '{named}' does not exist or you do not have access to it."
     if asked.dialect == OLLAMA:
-        return Deny(
-            404,
-            "model_not_found",
-            f'model "{asked.model}" not found, try pulling it first',
-            rule="model",
-        )
-    return Deny(
-        404,
-        "model_not_found",
-        f"The model '{asked.model}' does not exist or you do not have access to it.",
-        rule="model",
-    )
+        message = f'model "{named}" not found, try pulling it first'
+    return Deny(404, "model_not_found", message, rule="model")
+
+
+def _may_say(models: tuple[str, ...], name: str) -> bool:
+    """Names that are mapped are ours: all spellings that find the mapping are the same one."""
+    return model_allowed(tuple(map(mappings.plain, models)), mappings.plain(name))
 
 
 def _forbidden(message: str, caller: Caller, rule: str) -> Deny:

@@ -66,6 +66,7 @@ def _own(config: Config, store: Store, clock: Clock, on_withdrawn: OnWithdrawn) 
             fresh=_OWN_FRESH_SECONDS,
             cooldown=_OWN_COOLDOWN_SECONDS,
             keep=0.0,
+            at_once=False,  # reading them takes 10 MB, and many have keys alone
         ),
         find_holder=find,
     )

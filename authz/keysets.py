@@ -24,8 +24,9 @@ class KeySet:
     """
     What `load` says, which raises OSError, ValueError or an error of ours where it cannot say.
 
-    `run` does all the loading, one at a time. `on_withdrawn` is called once a key is gone or
-    another one bears its name: what was checked with it is not to be believed any more.
+    `run` does all the loading, one at a time: from now on, or unless `at_once` from when somebody
+    first wants a key. `on_withdrawn` is called once a key is gone or another one bears its name:
+    what was checked with it is not to be believed any more.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class KeySet:
         fresh: float = FRESH_SECONDS,
         cooldown: float = COOLDOWN_SECONDS,
         keep: float = KEEP_SECONDS,
+        at_once: bool = True,
     ) -> None:
         self._load = load
         self._name = name
@@ -46,12 +48,15 @@ class KeySet:
         self._fresh = fresh
         self._cooldown = cooldown
         self._keep = keep
+        self._at_once = at_once
         self._keys: Mapping[str, Key] = {}
         self._away = False
         self._loaded_at = 0.0
         self._tried_at: float | None = None
         self._wanted = asyncio.Event()
         self._looked = asyncio.Event()
+        if not at_once:
+            self._looked.set()  # no look is on its way
 
     def get(self, kid: str) -> Key | None:
         """A key that is known already."""
@@ -68,13 +73,10 @@ class KeySet:
         await self._looked.wait()
         return self._keys.get(kid)
 
-    def doubt(self) -> None:
-        """Something may have changed: look again at once."""
-        self._tried_at = None
-        self._wanted.set()
-
     async def run(self) -> None:
         """Keep the keys fresh, for ever."""
+        if not self._at_once:
+            await self._wanted.wait()
         while True:
             await self._look()
             with suppress(TimeoutError):

@@ -1,7 +1,8 @@
 """gRPC Check: parse, decide, render."""
 
 import logging
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Iterable, Mapping
+from types import MappingProxyType
 
 from google.protobuf.message import DecodeError
 
@@ -17,11 +18,14 @@ from authz.decide import (
     judge_model,
 )
 from authz.keyring import Keyring
+from authz.mapped import Mapped, Tables
 from authz.signed import UNACCEPTED, Signatures, told
 from parallama import rpc
 from parallama.clock import Clock
 from parallama.db.accounts import Credential
+from parallama.endpoints import Action
 from parallama.errors import Unavailable
+from parallama.shapes import EVERY
 
 log = logging.getLogger(__name__)
 
@@ -40,15 +44,19 @@ class Authz:
         self,
         keyring: Keyring,
         signatures: Signatures,
+        mapped: Mapped,
         *,
         gateways: Iterable[str],
         text_counted: Iterable[str] = (),
+        shapes: Mapping[str, str] = MappingProxyType({}),
         clock: Clock,
     ) -> None:
         self._keyring = keyring
         self._signatures = signatures
+        self._mapped = mapped
         self._gateways = frozenset(gateways)
         self._text_counted = frozenset(text_counted)
+        self._shapes = shapes
         self._clock = clock
 
     def check(self, request: bytes) -> bytes | Awaitable[bytes]:
@@ -63,13 +71,16 @@ class Authz:
                 return self._model(asked)
             token = credential(asked)
             if isinstance(token, Deny):
-                return self._refuse(token, asked.dialect)
+                return self._refuse(token, asked)
             if isinstance(token, Signature):
                 return self._check_signature(asked, token)
             found = self._keyring.at_once(token)
-            if found is None:
+            if isinstance(found, Deny):
+                return self._refuse(found, asked)
+            tables = self._mapped.at_once()
+            if found is None or tables is None:
                 return self._look_up(asked, token)
-            return self._identity(asked, found)
+            return self._identity(asked, found, tables)
         except Exception:
             log.exception("check failed")
             return wire.render_deny(_BROKEN, wire.dialect_of(message))
@@ -78,9 +89,9 @@ class Authz:
         try:
             key = await self._signatures.find(asked, signature)
             if key is None:
-                return self._refuse(UNACCEPTED, asked.dialect)
+                return self._refuse(UNACCEPTED, asked)
             decision = identify(asked, key, gateways=self._gateways, now=self._clock())
-            return self._answer(told(decision), asked.dialect)
+            return self._answer(told(decision), asked, await self._mapped.find())
         except Unavailable as error:
             log.warning("signatures not checked", extra={"cause": str(error)})
             return wire.render_deny(_NO_STORE, asked.dialect)
@@ -90,7 +101,10 @@ class Authz:
 
     async def _look_up(self, asked: Asked, token: str) -> bytes:
         try:
-            return self._identity(asked, await self._keyring.find(token))
+            found = await self._keyring.find(token)
+            if isinstance(found, Deny):
+                return self._refuse(found, asked)
+            return self._identity(asked, found, await self._mapped.find())
         except Unavailable as error:
             log.warning("keys not checked", extra={"cause": str(error)})
             return wire.render_deny(_NO_STORE, asked.dialect)
@@ -98,26 +112,30 @@ class Authz:
             log.exception("check failed")
             return wire.render_deny(_BROKEN, asked.dialect)
 
-    def _identity(self, asked: Asked, found: Credential | Deny) -> bytes:
-        if isinstance(found, Deny):
-            return self._refuse(found, asked.dialect)
+    def _identity(self, asked: Asked, found: Credential, tables: Tables) -> bytes:
         decision = identify(asked, found, gateways=self._gateways, now=self._clock())
-        return self._answer(decision, asked.dialect)
+        return self._answer(decision, asked, tables)
 
-    def _answer(self, decision: Allow | Deny, dialect: str) -> bytes:
+    def _answer(self, decision: Allow | Deny, asked: Asked, tables: Tables) -> bytes:
         if isinstance(decision, Deny):
-            return self._refuse(decision, dialect)
-        count_text = decision.caller.gateway in self._text_counted
-        return wire.render_allow(decision, count_text=count_text)
+            return self._refuse(decision, asked)
+        caller, endpoint = decision.caller, decision.endpoint
+        count_text = caller.gateway in self._text_counted
+        answer = wire.render_allow(decision, count_text=count_text)
+        aliases = tables.get(caller.gateway, "") if endpoint.follows_mappings else ""
+        shape = ""
+        if self._shapes and endpoint.action is Action.INFER:
+            shape = self._shapes.get(caller.role, self._shapes[EVERY])
+        return answer + wire.render_edits(aliases, shape) if aliases or shape else answer
 
     def _model(self, asked: ModelAsked) -> bytes:
         refused = judge_model(asked)
-        return self._refuse(refused, asked.dialect) if refused else wire.MODEL_ALLOWED
+        return self._refuse(refused, asked) if refused else wire.MODEL_ALLOWED
 
-    def _refuse(self, deny: Deny, dialect: str) -> bytes:
+    def _refuse(self, deny: Deny, asked: Asked | ModelAsked) -> bytes:
         user = deny.caller.username if deny.caller else None
         log.info(
             "request refused",
             extra={"status": deny.status, "code": deny.code, "user": user},
         )
-        return wire.render_deny(deny, dialect)
+        return wire.render_deny(deny, asked.dialect, asked.told_id)

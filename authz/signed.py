@@ -6,9 +6,6 @@ from base64 import b64decode
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
 from authz.decide import Allow, Asked, Deny, Signature
 from parallama import sshkeys
 from parallama.cache import Cache
@@ -73,12 +70,9 @@ def parse(asked: Asked, signature: Signature) -> Signed | None:
 
 def is_genuine(signed: Signed) -> bool:
     """Whether whoever has the private half of this key, registered or not, signed this."""
-    try:
-        key = Ed25519PublicKey.from_public_bytes(sshkeys.point(signed.blob))
-        key.verify(signed.signature, signed.message)
-    except (InvalidSignature, ValueError):
-        return False
-    return True
+    from parallama import jwa
+
+    return jwa.verify_ed25519(sshkeys.point(signed.blob), signed.message, signed.signature)
 
 
 def told(decision: Allow | Deny) -> Allow | Deny:

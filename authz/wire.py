@@ -11,10 +11,11 @@ from authz import signed
 from authz.decide import Allow, Asked, Caller, Deny, ModelAsked, Signature
 from parallama import contract as c
 from parallama.dialects import content_type, refusal
-from parallama.endpoints import ADMIN, Action
+from parallama.endpoints import ADMIN, DISCOVERY, Action
 
 CheckRequest = pb.CheckRequest
 
+_REQUEST_ID = "x-request-id"
 _GRPC_CODES = {401: code_pb2.UNAUTHENTICATED, 404: code_pb2.NOT_FOUND}
 
 
@@ -23,7 +24,7 @@ def parse(check: pb.CheckRequest) -> Asked | ModelAsked:
     attributes = check.attributes
     metadata = attributes.metadata_context.filter_metadata
     if c.AUTHZ in metadata:
-        return _parse_model(metadata)
+        return _parse_model(metadata, attributes.request.http.headers.get(_REQUEST_ID, ""))
     http = attributes.request.http
     route = attributes.context_extensions
     path, _, query = http.path.partition("?")
@@ -36,6 +37,7 @@ def parse(check: pb.CheckRequest) -> Asked | ModelAsked:
         address=attributes.source.address.socket_address.address,
         credentials=tuple(_credentials(http.headers)),
         request_id=http.id,
+        told_id=http.headers.get(_REQUEST_ID, ""),
     )
 
 
@@ -47,14 +49,20 @@ def dialect_of(check: pb.CheckRequest) -> str:
     return str(check.attributes.context_extensions.get(c.ROUTE_DIALECT, ""))
 
 
-def _parse_model(metadata: Any) -> ModelAsked:
+def _parse_model(metadata: Any, told_id: str) -> ModelAsked:
     known = metadata[c.AUTHZ].fields
     facts = metadata[c.LUA].fields if c.LUA in metadata else {}
     return ModelAsked(
         dialect=known[c.DIALECT].string_value,
         models=tuple(filter(None, known[c.MODELS].string_value.split(","))),
-        model=(facts[c.MODEL].string_value or None) if c.MODEL in facts else None,
+        model=_name(facts, c.MODEL),
+        requested=_name(facts, c.REQUESTED_MODEL),
+        told_id=told_id,
     )
+
+
+def _name(facts: Any, key: str) -> str | None:
+    return (facts[key].string_value or None) if key in facts else None
 
 
 def _credentials(headers: Any) -> list[str | Signature]:
@@ -72,9 +80,15 @@ def _credentials(headers: Any) -> list[str | Signature]:
     return found
 
 
-@lru_cache(maxsize=16384)
 def render_allow(allow: Allow, *, count_text: bool = False) -> bytes:
-    """The serialised answer; the same for every call of one key to one endpoint, so it is kept."""
+    """The serialised answer."""
+    answer = _render_allow(allow, count_text)
+    return answer + _render_watch(allow.watch) if allow.watch else answer
+
+
+@lru_cache(maxsize=16384)
+def _render_allow(allow: Allow, count_text: bool) -> bytes:
+    """All but the watch word: the same for every call of one key, or user, to one endpoint."""
     response = pb.CheckResponse()
     response.ok_response.SetInParent()
     if allow.signed:
@@ -89,12 +103,34 @@ def render_allow(allow: Allow, *, count_text: bool = False) -> bytes:
     return bytes(response.SerializeToString())
 
 
-def render_deny(deny: Deny, dialect: str) -> bytes:
+@lru_cache(maxsize=16384)
+def _render_watch(word: str) -> bytes:
+    """What follows an answer, as in `render_edits`: of each token it is another one."""
+    response = pb.CheckResponse()
+    response.dynamic_metadata.fields[c.WATCH].string_value = word
+    return bytes(response.SerializeToString())
+
+
+@lru_cache(maxsize=64)
+def render_edits(aliases: str, shape: str) -> bytes:
+    """
+    What follows an answer of `render_allow` where facts.lua is to edit the body. Messages that are
+    written one after the other are read as one, so what is long is not kept with every answer.
+    """
+    told = {c.ALIASES: aliases, c.SHAPE: shape}
+    response = pb.CheckResponse()
+    response.dynamic_metadata.update({name: text for name, text in told.items() if text})
+    return bytes(response.SerializeToString())
+
+
+def render_deny(deny: Deny, dialect: str, told_id: str = "") -> bytes:
+    """`told_id`: see `Asked`."""
     response = pb.CheckResponse()
     response.status.code = _GRPC_CODES.get(deny.status, code_pb2.PERMISSION_DENIED)
     denied = response.denied_response
     denied.status.code = deny.status
-    denied.body = refusal(dialect, deny.status, deny.code, deny.message).decode()
+    body = refusal(dialect, deny.status, deny.code, deny.message, request_id=told_id)
+    denied.body = body.decode()
     _add_header(denied, "content-type", content_type(dialect))
     if deny.status == 401:
         _add_header(denied, "www-authenticate", 'Bearer realm="parallama"')
@@ -111,7 +147,7 @@ MODEL_ALLOWED = bytes(
 
 
 def _is_admin(caller: Caller) -> bool:
-    return caller.gateway == ADMIN
+    return caller.gateway in (ADMIN, DISCOVERY)
 
 
 def _metadata(caller: Caller) -> dict[str, Any]:
@@ -134,14 +170,10 @@ def _instructions(allow: Allow) -> dict[str, Any]:
         told[c.METERED] = "1"
     if allow.endpoint.reads_body:
         told[c.READ_BODY] = True
-    if allow.watch:
-        told[c.WATCH] = allow.watch
     if allow.models is not None:
         models = ",".join(allow.models)
         if allow.endpoint.names_model:
             told |= {c.CHECK_MODEL: True, c.MODELS: models}
-        elif allow.endpoint.lists_models:
-            told[c.LIST_MODELS] = models
     return told
 
 

@@ -45,7 +45,7 @@ from parallama.db import Store, database
 from parallama.db.accounts import find_key
 from parallama.db.manage.schema import upgrade
 from parallama.supervisor import children
-from tests.authz.make import no_signatures
+from tests.authz.make import no_mappings, no_signatures
 from tests.postgres import Postgres
 
 MINTED = keys.mint(lambda count: bytes([7]) * count, rounds=4)
@@ -167,7 +167,11 @@ async def _one_question(algorithm: str, count: int, rounds: int) -> None:
             bearers = Bearers(issuers, skew=30, **told)  # type: ignore[arg-type]
             keyring = Keyring(find, bearers, size=10_000)
             service = Authz(
-                keyring, no_signatures(), gateways=("ollama", "openai"), clock=system_clock
+                keyring,
+                no_signatures(),
+                no_mappings(),
+                gateways=("ollama", "openai"),
+                clock=system_clock,
             )
 
             def asks(token: str) -> Callable[[], bytes | Awaitable[bytes]]:

@@ -7,18 +7,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from redis.asyncio import Redis
-from redis.asyncio.client import PubSub
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
-
 from parallama.nodes import explain, until_astray
+from parallama.resp import Connection, Late, Redis, RedisError, Unreachable
 
 log = logging.getLogger(__name__)
 
 CHANNEL = "parallama:changes"
 
-Kind = Literal["key", "user", "token", "limits", "prices", "everything"]
+Kind = Literal["key", "user", "token", "limits", "prices", "mappings", "everything"]
 
 # A change must be known everywhere within a second, so a silent connection may not be trusted for
 # longer than this. A ping is answered at once by a server that lives.
@@ -35,11 +31,11 @@ class Change:
 
 
 async def publish(redis: Redis, change: Change) -> None:
-    """Tell every service. Call it after the change is committed. Raises RedisError or OSError."""
+    """Tell every service. Call it after the change is committed. Raises RedisError."""
     message = f"{change.kind} {change.id}"
     try:
         await redis.publish(CHANNEL, message)
-    except RedisConnectionError:  # perhaps of a server that is gone; to hear it twice does no harm
+    except Unreachable:  # perhaps of a server that is gone; to hear it twice does no harm
         await redis.publish(CHANNEL, message)
 
 
@@ -67,30 +63,33 @@ async def watch(
     """
     lost = True
     on_lost()
+    connection = redis.new_connection()
     while True:
         try:
-            async with redis.pubsub() as channel:
-                await channel.subscribe(CHANNEL)
-                async with _lookout(redis, channel) as astray:
-                    while await _next(channel, on_change):
-                        if astray.done():
-                            raise RedisConnectionError("another server took over")
-                        if lost:
-                            on_found()
-                            lost = False
-                            log.info("change signal found")
-        except (RedisError, OSError) as error:
+            await connection.connect()
+            await connection.run("SUBSCRIBE", CHANNEL)
+            if lost:
+                on_found()
+                lost = False
+                log.info("change signal found")
+            async with _lookout(connection) as astray:
+                while not astray.done():
+                    await _next(connection, on_change)
+            raise Unreachable("another server took over")
+        except RedisError as error:
             if not lost:
                 on_lost()
                 lost = True
                 log.warning("change signal lost", extra={"cause": explain(error)})
+        finally:
+            connection.close()
         await asyncio.sleep(_PING_SECONDS)
 
 
 @asynccontextmanager
-async def _lookout(redis: Redis, channel: PubSub) -> AsyncIterator["asyncio.Task[None]"]:
+async def _lookout(connection: Connection) -> AsyncIterator["asyncio.Task[None]"]:
     """A task that ends when those who publish have gone to another server."""
-    task = asyncio.create_task(until_astray(redis, channel.connection), name="lookout")
+    task = asyncio.create_task(until_astray(connection), name="lookout")
     try:
         yield task
     finally:
@@ -98,14 +97,12 @@ async def _lookout(redis: Redis, channel: PubSub) -> AsyncIterator["asyncio.Task
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def _next(channel: PubSub, on_change: Callable[[Change], None]) -> bool:
+async def _next(connection: Connection, on_change: Callable[[Change], None]) -> None:
     """One message, or a ping that was answered. Raises where the server stays silent."""
-    message = await channel.get_message(timeout=_PING_SECONDS)
-    if message is None:
-        await channel.ping()
-        message = await channel.get_message(timeout=_SILENCE_SECONDS - _PING_SECONDS)
-        if message is None:
-            raise TimeoutError("no answer to a ping")
-    if message["type"] == "message":
-        on_change(parse(message["data"]))
-    return True
+    try:
+        message = await connection.read(_PING_SECONDS)
+    except Late:
+        connection.send("PING")
+        message = await connection.read(_SILENCE_SECONDS - _PING_SECONDS)
+    if isinstance(message, list) and message[0] == b"message":
+        on_change(parse(message[2]))

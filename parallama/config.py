@@ -4,21 +4,11 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 from zoneinfo import ZoneInfo
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    PrivateAttr,
-    SecretStr,
-    Strict,
-    ValidationError,
-    model_validator,
-)
-
-from parallama import yamlfile
+from parallama import mappings, yamlfile
+from parallama.checking import AfterValidator, BeforeValidator, Field, Invalid
 from parallama.errors import ConfigError, UsageError
 from parallama.roles import BUILT_IN, Permissions, Role, check_name, permissions
 from parallama.sections import (
@@ -33,17 +23,23 @@ from parallama.sections import (
     subsections,
     written,
 )
+from parallama.shapes import Role as ShapedRole
+from parallama.shapes import Shape
 from parallama.values import (
     Address,
     Bytes,
     ExistingFile,
     FilePath,
+    HeaderName,
     Host,
     HostPort,
     KeysUrl,
+    Origin,
     Secret,
+    SecretText,
     TimeZone,
     Upstream,
+    UpstreamAt,
     lower,
     upper,
 )
@@ -67,6 +63,29 @@ PublicKeyAlgorithm = Literal[
 EnvoyLevel = Literal["trace", "debug", "info", "warning", "error", "critical", "off"]
 
 
+class Cors(Section):
+    """
+    Web pages that call the gateway from a browser. Without origins no page but the gateway's own
+    can read what it answers.
+    """
+
+    origins: Annotated[
+        tuple[Origin, ...], Field(examples=[["https://chat.example.org", "http://localhost:*"]])
+    ] = Field(
+        default=(),
+        description="Where such pages come from: `https://chat.example.org`; with `*` in its "
+        "host for letters, digits, dots and dashes, or as its port; or `*` alone for every page.",
+    )
+    headers: Annotated[tuple[HeaderName, ...], Field(examples=[["x-my-header"]])] = Field(
+        default=(),
+        description="Request headers that they may send beside those that the SDKs of OpenAI, "
+        "Ollama and Anthropic do.",
+    )
+    max_age: int = Field(
+        default=600, ge=0, description="Seconds for which a browser need not ask again."
+    )
+
+
 class Server(Section):
     """Where clients connect: Envoy's listener."""
 
@@ -88,6 +107,7 @@ class Server(Section):
         description="How many proxies in front of Envoy are trusted to say who the client is "
         "(`x-forwarded-for`). With 0 nobody is.",
     )
+    cors: Cors = section()
 
 
 class Database(Section):
@@ -141,7 +161,7 @@ class Database(Section):
         return self.host is None
 
     @property
-    def password(self) -> SecretStr | None:
+    def password(self) -> SecretText | None:
         return self.password_file.secret if self.password_file else None
 
 
@@ -162,7 +182,6 @@ class Redis(Section):
     )
     nodes: Annotated[
         tuple[HostPort, ...],
-        Strict(False),
         Field(examples=[["10.0.0.1:26379", "10.0.0.2:26379"]]),
     ] = Field(
         default=(),
@@ -224,11 +243,11 @@ class Redis(Section):
         return [(host.strip("[]"), int(port)) for host, _, port in split]
 
     @property
-    def sentinel_password(self) -> SecretStr | None:
+    def sentinel_password(self) -> SecretText | None:
         return self.sentinel_password_file.secret if self.sentinel_password_file else None
 
     @property
-    def password(self) -> SecretStr | None:
+    def password(self) -> SecretText | None:
         return self.password_file.secret if self.password_file else None
 
 
@@ -253,9 +272,7 @@ class Issuer(Section):
     audience: str = Field(min_length=1, max_length=255)
     jwks_url: KeysUrl | None = None
     jwks_file: ExistingFile | None = None
-    algorithms: Annotated[tuple[PublicKeyAlgorithm, ...], Strict(False)] = Field(
-        default=("RS256",), min_length=1
-    )
+    algorithms: tuple[PublicKeyAlgorithm, ...] = Field(default=("RS256",), min_length=1)
     user_claim: str = Field(default="preferred_username", min_length=1, max_length=255)
     role_claim: str | None = Field(default=None, min_length=1, max_length=255)
     roles: dict[str, Annotated[str, AfterValidator(_role_name)]] = Field(default={})
@@ -267,13 +284,11 @@ class Issuer(Section):
         """A URL, or a file."""
         return self.jwks_url or self.jwks_file or ""
 
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
+    def rule(self) -> None:
         if (self.jwks_url is None) == (self.jwks_file is None):
             raise ValueError("needs jwks_url or jwks_file, and not both: where its keys come from")
         if self.roles and self.role_claim is None:
             raise ValueError("needs role_claim: the claim in which `roles` are looked up")
-        return self
 
 
 class Authentication(Section):
@@ -401,7 +416,6 @@ class Authentication(Section):
     )
     issuers: Annotated[
         tuple[Issuer, ...],
-        Strict(False),
         Field(examples=[[_AN_ISSUER]]),
     ] = Field(
         default=(),
@@ -410,7 +424,7 @@ class Authentication(Section):
     )
 
     @property
-    def jwt_secret_key(self) -> SecretStr | None:
+    def jwt_secret_key(self) -> SecretText | None:
         return self.jwt_secret_key_file.secret if self.jwt_secret_key_file else None
 
 
@@ -433,14 +447,19 @@ Granted = Annotated[str, AfterValidator(_known_permission)]
 
 
 class Discovery(Section):
-    """A page that lists the gateways."""
+    """`GET /gateway/discovery`: what each gateway offers, to whom, and whether it is well."""
 
-    enabled: bool = Field(default=True, description="Serve it.", json_schema_extra=LATER)
+    enabled: bool = Field(default=True, description="Serve the page.")
     cache_ttl: int = Field(
-        default=300, ge=0, description="Seconds to remember it.", json_schema_extra=LATER
+        default=300,
+        ge=0,
+        description="Seconds after which servers are asked for their lists of models though nobody "
+        "wants to know, so that there is something to show should one go away. `0`: never.",
     )
     include_metrics: bool = Field(
-        default=True, description="Show counts with it.", json_schema_extra=LATER
+        default=True,
+        description="Calls of the last five minutes on the page, and their median time to the "
+        "first token.",
     )
 
 
@@ -466,6 +485,28 @@ def _count_tokens() -> Any:
     )
 
 
+def _model_name(name: str) -> str:
+    try:
+        return mappings.check_name(name)
+    except UsageError:
+        raise ValueError(
+            f"must be a model's name: up to {mappings.LONGEST_NAME} bytes, visible characters, "
+            "without * and without space around it"
+        ) from None
+
+
+ModelName = Annotated[str, AfterValidator(_model_name)]
+ModelMappings = Annotated[dict[ModelName, ModelName], Field(examples=[{"gpt-4": "llama2:70b"}])]
+
+
+def _model_mappings() -> Any:
+    return Field(
+        default={},
+        description="Names that clients may use, and the models they mean; `parallama models map` "
+        "adds others without a restart: see [models](models.md).",
+    )
+
+
 class Ollama(Section):
     """The upstream: an Ollama, or anything that speaks the same dialects."""
 
@@ -474,17 +515,37 @@ class Ollama(Section):
         description="`http://` or `https://` and a host, without port or path.",
     )
     port: int = Field(default=11434, ge=1, le=65535, description="The upstream's port.")
+    hosts: Annotated[
+        tuple[UpstreamAt, ...],
+        Field(examples=[["http://10.0.0.1:11434", "http://10.0.0.2:11434"]]),
+    ] = Field(
+        default=(),
+        description="Several upstreams that share the calls, instead of `host` and `port`: with "
+        "the same models, all by `http://` or all by `https://`.",
+    )
+    max_parallel: int = Field(
+        default=1024,
+        ge=1,
+        le=10_000,
+        description="Most calls that the upstream is given at once, all hosts together; more are "
+        "503, with `retry-after`. An upstream keeps a queue of its own, so set it well above what "
+        "it works on at once.",
+    )
+    silence_seconds: int | None = Field(
+        default=None,
+        ge=1,
+        examples=[1800],
+        description="How long a call may be silent, before its answer begins (504) or within it "
+        "(it is cut). Not set: what `stream_idle_timeout` in `envoy/envoy.yaml` says, 30 minutes.",
+    )
     base_path: Annotated[str, _envoys("/ollama/v1")] = Field(
         default="/ollama/v1",
         description="Fixed here; routes are Envoy's: add yours in `envoy/routes.yaml`.",
     )
-    default_model: str | None = Field(
-        default=None,
-        min_length=1,
-        examples=["llama2"],
-        description="Model of a request that names none.",
-        json_schema_extra=LATER,
+    default_model: ModelName | None = Field(
+        default=None, examples=["llama2"], description="Model of a request that names none."
     )
+    model_mappings: ModelMappings = _model_mappings()
     count_tokens: CountTokens = _count_tokens()
 
     @property
@@ -492,9 +553,14 @@ class Ollama(Section):
         return f"{self.host}:{self.port}"
 
     def upstream(self) -> tuple[str, str, int]:
-        """Scheme, host (IPv6 without brackets) and port."""
-        scheme, _, host = self.host.partition("://")
-        return scheme, host.strip("[]"), self.port
+        """Scheme, host (IPv6 without brackets) and port: of the first one, where there are more."""
+        return self.upstreams()[0]
+
+    def upstreams(self) -> list[tuple[str, str, int]]:
+        """All that share the calls."""
+        split = (each.rpartition(":") for each in self.hosts or (self.url,))
+        named = ((*url.partition("://"), port) for url, _, port in split)
+        return [(scheme, host.strip("[]"), int(port)) for scheme, _, host, port in named]
 
 
 class OpenAI(Section):
@@ -507,20 +573,14 @@ class OpenAI(Section):
     compatibility_mode: bool = Field(
         default=True, description="Serve OpenAI's paths.", json_schema_extra=LATER
     )
-    model_mappings: Annotated[
-        dict[str, Annotated[str, Field(min_length=1)]], Field(examples=[{"gpt-4": "llama2:70b"}])
-    ] = Field(
-        default={},
-        description="Names that clients may use, and the models they mean.",
-        json_schema_extra=LATER,
-    )
+    model_mappings: ModelMappings = _model_mappings()
     count_tokens: CountTokens = _count_tokens()
 
 
 class ApiGateways(Section):
     """What is offered to clients, and the upstream behind it."""
 
-    enabled: Annotated[tuple[Gateway, ...], Strict(False)] = Field(
+    enabled: tuple[Gateway, ...] = Field(
         default=("ollama", "openai"),
         min_length=1,
         description="Gateways that are served: `ollama`, `openai`.",
@@ -534,6 +594,17 @@ class ApiGateways(Section):
         """Gateways whose text usage_sink counts where the upstream reports no tokens."""
         both = (("ollama", self.ollama), ("openai", self.openai))
         return frozenset(name for name, at in both if at.count_tokens == "tiktoken")
+
+    @property
+    def model_mappings(self) -> dict[str, mappings.Table]:
+        """By gateway, as they stand here; the database has others."""
+        return {"ollama": self.ollama.model_mappings, "openai": self.openai.model_mappings}
+
+    @property
+    def default_models(self) -> dict[str, str]:
+        """By gateway, where it has one."""
+        default = self.ollama.default_model
+        return {} if default is None else {"ollama": default}
 
 
 class RateLimiting(Section):
@@ -602,14 +673,12 @@ class Usage(Section):
     )
     trail_file_size: Bytes = Field(
         default="64M",
-        validate_default=True,
         ge=1024,
         description="Size at which Envoy begins a new file of the trail, in which each finished "
         "request is a line until its row is stored: bytes, or with K, M or G.",
     )
     trail_max_size: Bytes = Field(
         default="4G",
-        validate_default=True,
         ge=4096,
         description="Most that all files of the trail may take: the rows that wait while the "
         "database is away, about a million in a gigabyte. Beyond it no lines are written; the log "
@@ -692,7 +761,6 @@ class Logging(Section):
     )
     max_size: Bytes = Field(
         default="100M",
-        validate_default=True,
         ge=1024,
         description="Size at which a log file is put aside: bytes, or with K, M or G.",
     )
@@ -717,7 +785,7 @@ class Config(Section):
     redis: Redis = section()
     authentication: Authentication = section()
     roles: Annotated[
-        dict[RoleName, Annotated[tuple[Granted, ...], Strict(False)]],
+        dict[RoleName, tuple[Granted, ...]],
         Field(examples=[{"auditor": ["audit:read", "usage:read"]}]),
     ] = Field(
         default={},
@@ -725,6 +793,14 @@ class Config(Section):
         "`resource:action[:scope]`.",
     )
     api_gateways: ApiGateways = section()
+    request_shapes: Annotated[
+        dict[ShapedRole, Shape],
+        Field(examples=[{"user": {"num_ctx": {"max": 8192}, "keep_alive": {"max": "30m"}}}]),
+    ] = Field(
+        default={},
+        description="What becomes of parameters that requests of a role send, such as `max_tokens` "
+        "and `num_ctx`; `*` is for all roles: see [shapes](models.md#shapes).",
+    )
     rate_limiting: RateLimiting = section()
     usage: Usage = section()
     envoy: Envoy = section()
@@ -733,17 +809,17 @@ class Config(Section):
     shutdown: Shutdown = section()
     logging: Logging = section()
 
-    _source: Path = PrivateAttr(default_factory=lambda: Path.cwd() / "config.yaml")
+    _source: Path | None = None
 
     @property
     def source(self) -> Path:
         """The file this came from."""
-        return self._source
+        return self._source or Path.cwd() / "config.yaml"
 
     @property
     def dir(self) -> Path:
         """The file's folder, where relative paths start."""
-        return self._source.parent
+        return self.source.parent
 
     @property
     def known_roles(self) -> Mapping[str, Permissions]:
@@ -757,10 +833,6 @@ class Config(Section):
     @property
     def signing_dir(self) -> Path:
         return self.authentication.signing_keys_dir or self.state_dir / "signing"
-
-    def model_post_init(self, context: Any) -> None:
-        if context:
-            self._source = context["source"]
 
 
 # Loading
@@ -800,15 +872,14 @@ def load(path: Path, environ: Mapping[str, str]) -> Config:
     data = document.data if isinstance(document.data, dict) else {}
     mistakes += _overlay(environ, data, origins)
     mistakes += _contradictions(data, origins)
-    context = {"dir": source.parent, "source": source}
     try:
-        config = Config.model_validate(_filled(data, Config), context=context)
-    except ValidationError as error:
+        config = Config.model_validate(_filled(data, Config), source.parent)
+    except Invalid as error:
         mistakes += _invalid(error, origins)
         raise ConfigError(_report(source, mistakes)) from None
     if mistakes:
         raise ConfigError(_report(source, mistakes))
-    return config
+    return config.model_copy(update={"_source": source})
 
 
 def _read(source: Path) -> str:
@@ -890,14 +961,45 @@ def _contradictions(data: Mapping[str, Any], origins: Origins) -> Iterator[_Mist
         ("database", _wrong_in_database),
         ("redis", _wrong_in_redis),
         ("authentication", _wrong_in_authentication),
+        ("api_gateways", _wrong_in_gateways),
     ):
         section = data.get(name)
         if not isinstance(section, dict):
             continue
         given = {setting: value for setting, value in section.items() if value is not None}
         for setting, text in wrong(given):
-            place = (name, setting)
+            place = (name, *setting.split("."))
             yield _Mistake(place, _origin(place, origins), text)
+    for deep, text in _wrong_in_mappings(data.get("api_gateways")):
+        yield _Mistake(deep, _origin(deep, origins), text)
+
+
+def _wrong_in_mappings(gateways: Any) -> Iterator[tuple[Place, str]]:
+    for gateway in get_args(Gateway) if isinstance(gateways, dict) else ():
+        given = gateways.get(gateway)
+        given = given if isinstance(given, dict) else {}
+        listed, default = given.get("model_mappings"), given.get("default_model")
+        table = {
+            name: model
+            for name, model in (listed if isinstance(listed, dict) else {}).items()
+            if isinstance(name, str) and isinstance(model, str)
+        }
+        place = ("api_gateways", gateway, "model_mappings")
+        if len(table) > mappings.MOST:
+            yield place, f"must have at most {mappings.MOST}: remove those that nobody uses"
+            continue
+        first: dict[str, str] = {}
+        for name, model in table.items():
+            other = first.setdefault(mappings.plain(name), name)
+            if other is not name:
+                yield (*place, name), f"is another spelling of {other}: write one of the two"
+            elif text := mappings.wrong_with(table, name, model):
+                yield (*place, name), text
+        if isinstance(default, str) and mappings.plain(default) in first:
+            yield (
+                (*place[:2], "default_model"),
+                ("is itself mapped, and a mapping is one step: write the model that it means"),
+            )
 
 
 def _wrong_in_database(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -942,6 +1044,19 @@ def _wrong_in_redis(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "tls_cert_file", "is missing: redis.tls_key_file belongs to it"
 
 
+def _wrong_in_gateways(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    ollama = given.get("ollama")
+    if not isinstance(ollama, dict):
+        return
+    hosts = ollama.get("hosts")
+    if not isinstance(ollama, dict) or not isinstance(hosts, list) or not hosts:
+        return
+    if ollama.keys() & {"host", "port"}:
+        yield "ollama.hosts", "stands instead of `host` and `port`: remove these"
+    if len({str(each).startswith("https://") for each in hosts}) > 1:
+        yield "ollama.hosts", "must be all http:// or all https://"
+
+
 def _wrong_in_authentication(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     listed = given.get("issuers")
     others = [
@@ -957,12 +1072,11 @@ def _wrong_in_authentication(given: Mapping[str, Any]) -> Iterator[tuple[str, st
         yield "jwt_secret_key_file", "is missing: authentication.jwt_algorithm HS256 needs it"
 
 
-def _invalid(error: ValidationError, origins: Origins) -> Iterator[_Mistake]:
-    for each in error.errors(include_url=False):
-        place = each["loc"]
-        told = each["input"] is yamlfile.UNREAD and each["type"] != "extra_forbidden"
+def _invalid(error: Invalid, origins: Origins) -> Iterator[_Mistake]:
+    for each in error.wrong:
+        told = each.value is yamlfile.UNREAD and each.kind != "unknown"
         if not told:
-            yield _Mistake(place, _origin(place, origins), explain(each, Config))
+            yield _Mistake(each.place, _origin(each.place, origins), explain(each, Config))
 
 
 def _origin(place: Place, origins: Origins) -> str:

@@ -3,12 +3,30 @@
 import json
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
+from types import MappingProxyType
 from typing import Any
 
 OLLAMA = "ollama"
 OPENAI = "openai"
+ANTHROPIC = "anthropic"
+"""Of `/v1/messages`, whatever is before it."""
 PROBLEM = "problem"
 """Of the admin API: RFC 9457."""
+
+OF_MODELS = (OLLAMA, OPENAI, ANTHROPIC)
+"""Those in which models are called."""
+
+_ANTHROPIC_TYPES = MappingProxyType(
+    {
+        401: "authentication_error",
+        403: "permission_error",
+        404: "not_found_error",
+        429: "rate_limit_error",
+        500: "api_error",
+        503: "overloaded_error",
+        504: "timeout_error",
+    }
+)
 
 
 def content_type(dialect: str) -> str:
@@ -32,20 +50,28 @@ def problem(
     return json.dumps(told, ensure_ascii=False).encode()
 
 
-def refusal(dialect: str, status: int, code: str, message: str) -> bytes:
+def refusal(dialect: str, status: int, code: str, message: str, *, request_id: str = "") -> bytes:
     """
-    The JSON body of a refusal: OpenAI's error object, Ollama's single sentence, or a problem.
+    The JSON body of a refusal: OpenAI's or Anthropic's error object, Ollama's single sentence, or
+    a problem. Anthropic's names the request, where it is known.
 
     Ollama's clients read line by line, so `message` is kept on one line. A dialect nobody knows
     gets OpenAI's form.
     """
     sentence = " ".join(message.split())
-    if dialect == OLLAMA:
-        return json.dumps({"error": sentence}, ensure_ascii=False).encode()
+    told: dict[str, Any]
     if dialect == PROBLEM:
         return problem(status, code, sentence)
-    error = {"message": sentence, "type": _openai_type(status, code), "param": None, "code": code}
-    return json.dumps({"error": error}, ensure_ascii=False).encode()
+    if dialect == OLLAMA:
+        told = {"error": sentence}
+    elif dialect == ANTHROPIC:
+        told = {"type": "error", "error": {"type": _anthropic_type(status), "message": sentence}}
+        if request_id:
+            told["request_id"] = request_id
+    else:
+        kind = _openai_type(status, code)
+        told = {"error": {"message": sentence, "type": kind, "param": None, "code": code}}
+    return json.dumps(told, ensure_ascii=False).encode()
 
 
 def _openai_type(status: int, code: str) -> str:
@@ -54,3 +80,8 @@ def _openai_type(status: int, code: str) -> str:
     if status == 429:
         return code
     return "server_error" if status >= 500 else "invalid_request_error"
+
+
+def _anthropic_type(status: int) -> str:
+    other = "api_error" if status >= 500 else "invalid_request_error"
+    return _ANTHROPIC_TYPES.get(status, other)

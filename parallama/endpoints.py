@@ -1,6 +1,6 @@
 """What the upstreams offer, and which permission each of it needs (pure)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from parallama.limits import name_matches
@@ -19,14 +19,20 @@ class Endpoint:
     """
     One of the upstream's endpoints.
 
-    `names_model`: its body says which model it is about. `lists_models`: its answer does.
+    `names_model`: its body says which model it is about. `catalogued`: parallama.admin answers it,
+    from what it keeps of the upstream's own answers (parallama/admin/catalog).
     """
 
     path: str
     action: Action
     reads_body: bool = False
     names_model: bool = False
-    lists_models: bool = False
+    catalogued: bool = False
+
+    @property
+    def follows_mappings(self) -> bool:
+        """Whether the model that its body names may be a name that is mapped."""
+        return self.names_model and self.action is not Action.MANAGE
 
 
 def _infer(path: str) -> Endpoint:
@@ -38,7 +44,11 @@ def _read(path: str) -> Endpoint:
 
 
 def _list(path: str) -> Endpoint:
-    return Endpoint(path, Action.READ, lists_models=True)
+    return Endpoint(path, Action.READ, catalogued=True)
+
+
+def _look_at(path: str) -> Endpoint:
+    return Endpoint(path, Action.READ, reads_body=True, names_model=True)
 
 
 def _manage(path: str) -> Endpoint:
@@ -50,12 +60,13 @@ _OLLAMA = {
     ("POST", "/api/generate"): _infer("/api/generate"),
     ("POST", "/api/embed"): _infer("/api/embed"),
     ("POST", "/api/embeddings"): _infer("/api/embeddings"),
-    ("GET", "/api/version"): _read("/api/version"),
-    ("HEAD", "/api/version"): _read("/api/version"),
+    ("GET", "/api/version"): _list("/api/version"),
+    ("HEAD", "/api/version"): _list("/api/version"),
     ("GET", "/api/tags"): _list("/api/tags"),
     ("HEAD", "/api/tags"): _list("/api/tags"),
     ("GET", "/api/ps"): _list("/api/ps"),
-    ("POST", "/api/show"): Endpoint("/api/show", Action.READ, reads_body=True, names_model=True),
+    ("GET", "/api/status"): _read("/api/status"),
+    ("POST", "/api/show"): replace(_look_at("/api/show"), catalogued=True),
     ("POST", "/api/pull"): _manage("/api/pull"),
     ("POST", "/api/push"): _manage("/api/push"),
     ("POST", "/api/create"): _manage("/api/create"),
@@ -66,6 +77,9 @@ _OPENAI = {
     ("POST", "/v1/chat/completions"): _infer("/v1/chat/completions"),
     ("POST", "/v1/completions"): _infer("/v1/completions"),
     ("POST", "/v1/embeddings"): _infer("/v1/embeddings"),
+    ("POST", "/v1/responses"): _infer("/v1/responses"),
+    ("POST", "/v1/messages"): _infer("/v1/messages"),
+    ("POST", "/v1/messages/count_tokens"): _look_at("/v1/messages/count_tokens"),
     ("GET", "/v1/models"): _list("/v1/models"),
 }
 METERED = frozenset(
@@ -73,6 +87,7 @@ METERED = frozenset(
 )
 """The endpoints whose calls spend tokens."""
 
+_METHODS = ("GET", "POST", "DELETE")
 _BLOBS = "/api/blobs/sha256"
 _MODELS = "/v1/models/"
 
@@ -83,6 +98,11 @@ ADMIN = "admin"
 
 ADMIN_API = Endpoint("/admin", Action.READ)
 """Stands for all of them."""
+
+DISCOVERY = "discovery"
+"""The gateway of one page that says what the others are; whoever is known may read it."""
+
+DISCOVERY_PAGE = Endpoint("/gateway/discovery", Action.READ)
 
 
 def find_endpoint(method: str, path: str) -> Endpoint | None:
@@ -95,13 +115,13 @@ def find_endpoint(method: str, path: str) -> Endpoint | None:
     if found is None and method in ("POST", "HEAD") and path.startswith(_BLOBS):
         return Endpoint("/api/blobs", Action.MANAGE)
     if found is None and method == "GET" and path.startswith(_MODELS) and len(path) > len(_MODELS):
-        return Endpoint(ONE_MODEL, Action.READ)
+        return _list(ONE_MODEL)
     return found
 
 
 def knows_path(path: str) -> bool:
     """Whether any method of this path is listed: tells 405 from 404."""
-    return any(known == path for _, known in (*_OLLAMA, *_OPENAI))
+    return any(find_endpoint(method, path) for method in _METHODS)
 
 
 def model_allowed(patterns: tuple[str, ...], model: str) -> bool:

@@ -60,8 +60,12 @@ def route_of(path: str, configuration: Any) -> Route:
 
 
 def _meets(path: str, match: Mapping[str, Any]) -> bool:
+    if "headers" in match:  # of what only we send
+        return False
     if "safe_regex" in match:
         return re.fullmatch(match["safe_regex"]["regex"], path) is not None
+    if (whole := match.get("path_separated_prefix")) is not None:
+        return path == whole or path.startswith(f"{whole}/")
     return path == match.get("path") or ("prefix" in match and path.startswith(match["prefix"]))
 
 
@@ -81,6 +85,7 @@ def explain(row: UsageRecord) -> dict[str, Any]:
         "gateway": row.gateway,
         "endpoint": row.endpoint,
         "model": row.model_name,
+        "requested_model": row.requested_model,
         "status": row.status_code,
         "verdict": _verdict(row, rule),
         "rule": rule,

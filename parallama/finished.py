@@ -50,6 +50,7 @@ def finished(
     who: Facts,
     lua: Facts,
     limits: Facts,
+    attempts: int = 0,
 ) -> Finished | None:
     """
     None for a request of nobody we know. `start` is microseconds since the epoch, the rest seconds.
@@ -70,9 +71,11 @@ def finished(
     prompt = _count(lua, c.PROMPT_TOKENS, odd)
     completion = _count(lua, c.COMPLETION_TOKENS, odd)
     cached = _count(lua, c.CACHED_TOKENS, odd)
+    reasoning = _count(lua, c.REASONING_TOKENS, odd)
     compute_ms = _number(lua, c.COMPUTE_MS, odd)
     if completion is None and told == "counted":
-        completion = total  # while a stream runs only its total is written: all that a cut one has
+        # While a stream runs only its total is written: all that one that was cut has.
+        completion = max(0, total - (prompt or 0))
     at = datetime.fromtimestamp(start // _MICROSECONDS, UTC)
     record = UsageRecord(
         request_id=request_id,
@@ -96,7 +99,7 @@ def finished(
         aborted=aborted,
         status_code=status,
         flags=flags,
-        error_message=_error(details, in_answer=lua.get(c.UPSTREAM_ERROR) is True, odd=bool(odd)),
+        error_message=_error(details, lua, odd=bool(odd)),
         request_duration=duration,
         time_to_first_token=_first_token(start, lua, first_byte if status == 200 else None),
         compute_ms=compute_ms,
@@ -104,6 +107,9 @@ def finished(
         cost=None,
         grants=_text(limits, c.GRANTS),
         decision=_decision(who, limits),
+        requested_model=_text(lua, c.REQUESTED_MODEL),
+        attempts=attempts or None,
+        reasoning_tokens=reasoning,
     )
     left = _plain(limits, c.TOKENS_LEFT)
     if left is not None:
@@ -161,9 +167,11 @@ def _first_token(start: int, lua: Facts, first_byte: float | None) -> float | No
     return first_byte
 
 
-def _error(details: str, *, in_answer: bool, odd: bool) -> str | None:
-    if in_answer:
+def _error(details: str, lua: Facts, *, odd: bool) -> str | None:
+    if lua.get(c.UPSTREAM_ERROR) is True:
         return "the upstream reported an error inside its answer"
     if details not in ("", _UPSTREAM_ANSWERED):
         return details
+    if lua.get(c.NO_END) is True:
+        return "the upstream ended its stream without an end mark"
     return "the upstream reported a usage that cannot be" if odd else None

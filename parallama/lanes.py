@@ -5,16 +5,14 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
+from pkgutil import get_data
 from typing import Any
 
 import hiredis
 
 from parallama.errors import Unavailable
 from parallama.nodes import explain
-
-# Its stub knows tuples of one only.
-_pack: Callable[[tuple[str | int, ...]], bytes] = hiredis.pack_command  # type: ignore[assignment]
+from parallama.resp import Connection, pack
 
 PAUSE = 0.05
 """Seconds between two attempts at what just failed."""
@@ -32,9 +30,9 @@ class Script:
     sha: str
 
     @classmethod
-    def load(cls, package: str, name: str) -> "Script":
-        """The file `name` of `package`."""
-        text = files(package).joinpath(name).read_text()
+    def load(cls, package: str, *names: str, head: str = "") -> "Script":
+        """The files of these names in `package`, below `head`."""
+        text = head + "".join((get_data(package, name) or b"").decode() for name in names)
         return cls(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
@@ -54,8 +52,8 @@ class Call:
 
     def packed(self) -> bytes:
         if self.as_text:
-            return _pack(("EVAL", self.script.text, *self.args))
-        return _pack(("EVALSHA", self.script.sha, *self.args))
+            return pack(("EVAL", self.script.text, *self.args))
+        return pack(("EVALSHA", self.script.sha, *self.args))
 
     def fail(self, why: str) -> None:
         if not self.answer.done():
@@ -129,7 +127,7 @@ class _Link(asyncio.Protocol):
         said = asyncio.get_running_loop().create_future()
         said.cancel()  # its own answer is of no interest
         self.unanswered.append(Call(call.script, (), said, call.deadline, patient=False))
-        self._unsent.append(_pack(("ASKING",)))
+        self._unsent.append(pack(("ASKING",)))
 
 
 class Lane:
@@ -137,20 +135,20 @@ class Lane:
 
     def __init__(
         self,
-        connection: Any,
+        connection: Connection,
         scripts: Sequence[Script],
         *,
         timeout: float,
         on_error: Callable[[Call, str], None],
         on_left: Callable[[list[Call], str, bool], None],
-        stray: Callable[[Any], Coroutine[Any, Any, None]] | None = None,
+        stray: Callable[[Connection], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
         """
         `on_error` is given what a server refuses for reasons of its own. `on_left` is given calls
         that were not answered, why, and whether they may have run.
         `stray` ends when the connection works and leads to the wrong server.
         """
-        # redis-py connects and logs in. Its streams are what costs: a _Link takes their place.
+        # It connects and logs in. Its streams would cost too much: a _Link takes their place.
         self._connection = connection
         self._scripts = scripts
         self._timeout = timeout
@@ -196,7 +194,7 @@ class Lane:
         if self._opening is not None:
             await self._opening
         self.hang_up("closed")
-        await self._connection.disconnect(nowait=True)
+        self._connection.close()
 
     async def _open(self) -> None:
         loop = asyncio.get_running_loop()
@@ -204,18 +202,16 @@ class Lane:
             await asyncio.sleep(self._opened_at + PAUSE - loop.time())
             self._opened_at = loop.time()
             async with asyncio.timeout(self._timeout):
-                await self._connection.disconnect(nowait=True)
                 await self._connection.connect()
                 for script in self._scripts:
-                    await self._connection.send_command("SCRIPT LOAD", script.text)
-                    await self._connection.read_response()
+                    await self._connection.run("SCRIPT", "LOAD", script.text)
         except Exception as error:  # whatever it is, those who wait must hear of it
             self._opening = None
             left, self._waiting = [*self._waiting], deque()
             self._on_left(left, explain(error, f"no connection within {self._timeout:g} s"), False)
         else:
             self._opening = None
-            self._start(_Link(self._connection._writer.transport, self._wrong, self._lost))
+            self._start(_Link(self._connection.transport, self._wrong, self._lost))
 
     def _start(self, link: _Link) -> None:
         self._link = link

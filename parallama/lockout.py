@@ -6,12 +6,11 @@ import math
 from contextlib import suppress
 from dataclasses import dataclass
 
-from redis.asyncio import Redis
-
 from parallama.config import Authentication
 from parallama.db import names
 from parallama.errors import ParallamaError, Unavailable
 from parallama.pipeline import Pipeline, Script
+from parallama.resp import Redis
 
 _TRY, _UNDO = Script.load("parallama", "lockout.lua"), Script.load("parallama", "lockout_undo.lua")
 
@@ -72,6 +71,10 @@ class Lockout:
         """Nobody looked at the password after all."""
         await self._undo(attempt.account, everything=False)
         await self._undo(attempt.address, everything=False)
+
+    async def unlock(self, username: str) -> None:
+        """The account begins anew: who forgot a password need not wait until its turn is over."""
+        await self._scripts.run(_UNDO, _keys("account", names.normal(username)), [0, 1])
 
     async def aclose(self) -> None:
         await self._scripts.aclose()

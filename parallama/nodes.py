@@ -1,17 +1,25 @@
 """Finding the right server: the master that sentinels name, or a node of a cluster."""
 
 import asyncio
+from binascii import crc_hqx
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from redis.asyncio import Redis
-from redis.asyncio.connection import AbstractConnection, Connection, ConnectionPool, SSLConnection
-from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
-from redis.exceptions import AuthenticationError, ConnectionError, RedisError, ResponseError
+from parallama.resp import (
+    Address,
+    Connection,
+    LoginRefused,
+    Redis,
+    RedisError,
+    Refused,
+    Unreachable,
+    pairs,
+)
 
 T = TypeVar("T")
-Address = tuple[str, int]
+
+_SLOTS = 16384
 
 # How often a connection that works is asked whether it still leads to the right server.
 _LOOK_SECONDS = 0.5
@@ -19,29 +27,16 @@ _LOOK_SECONDS = 0.5
 
 def explain(error: BaseException, otherwise: str = "") -> str:
     """What went wrong, and where to look where the message alone does not tell."""
-    if isinstance(error, AuthenticationError):
+    if isinstance(error, LoginRefused):
         return f"{error} (redis.username, redis.password_file)"
     return str(error) or otherwise or type(error).__name__
 
 
 def slot_of(key: str) -> int:
-    return key_slot(key.encode())
-
-
-class Finder(Protocol):
-    """Knows where to connect, however often that changes."""
-
-    async def find(self) -> Address: ...
-
-    async def astray(self, at: Address) -> bool:
-        """Whether who is connected to `at` should go elsewhere. Raises where nobody can tell."""
-        ...
-
-    async def check(self, connection: AbstractConnection) -> None:
-        """Raise RedisError where a connection that was made leads to the wrong server."""
-        ...
-
-    async def aclose(self) -> None: ...
+    """Of what stands in the first braces, where there is something."""
+    raw = key.encode()
+    tag = raw.partition(b"{")[2].partition(b"}")
+    return crc_hqx(tag[0] if tag[0] and tag[1] else raw, 0) % _SLOTS
 
 
 class Doors:
@@ -66,7 +61,7 @@ class Doors:
 
     async def ask(
         self,
-        question: Callable[[Any], Awaitable[T]],
+        question: Callable[[Redis], Awaitable[T]],
         *,
         last: Address | None = None,
     ) -> tuple[T, Address]:
@@ -99,7 +94,7 @@ class Doors:
             for task in asked:
                 task.cancel()
             await asyncio.gather(*asked, return_exceptions=True)
-        raise ConnectionError("; ".join(failed))
+        raise Unreachable("; ".join(failed))
 
     def _prefer(self, address: Address) -> None:
         self._addresses.sort(key=lambda other: other != address)
@@ -120,7 +115,7 @@ class Doors:
         while self._clients:
             await self._clients.popitem()[1].aclose()
 
-    async def _ask(self, question: Callable[[Any], Awaitable[T]], address: Address) -> T:
+    async def _ask(self, question: Callable[[Redis], Awaitable[T]], address: Address) -> T:
         client = self._clients.get(address)
         if client is None:
             client = self._clients[address] = self.connect(address)
@@ -137,31 +132,29 @@ class Sentinels:
     async def find(self) -> Address:
         try:
             address, _ = await self._doors.ask(self._master)
-        except ConnectionError as error:
-            raise ConnectionError(f"no sentinel names the master ({error})") from None
+        except Unreachable as error:
+            raise Unreachable(f"no sentinel names the master ({error})") from None
         return address
 
     async def astray(self, at: Address) -> bool:
         return await self.find() != at
 
-    async def check(self, connection: AbstractConnection) -> None:
+    async def check(self, connection: Connection) -> None:
         # Not ROLE: a user of an access list may say HELLO and nothing else.
-        await connection.send_command("HELLO")
-        told = await connection.read_response()
-        if told.get(b"role", told.get("role")) not in (b"master", "master"):
-            raise ConnectionError("the sentinels name a server that is no master")
+        if pairs(await connection.run("HELLO")).get(b"role") != b"master":
+            raise Unreachable("the sentinels name a server that is no master")
 
     async def aclose(self) -> None:
         await self._doors.aclose()
 
-    async def _master(self, sentinel: Any) -> Address:
+    async def _master(self, sentinel: Redis) -> Address:
         try:
-            told = await sentinel.execute_command("SENTINEL GET-MASTER-ADDR-BY-NAME", self._name)
-        except AuthenticationError as error:
+            told = await sentinel.run("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._name)
+        except LoginRefused as error:
             raise RedisError(f"{error} (redis.sentinel_password_file)") from None
         if told is None:
             raise RedisError(f"knows no master {self._name} (redis.sentinel_master)")
-        return _text(told[0]), told[1]
+        return told[0].decode(), int(told[1])
 
 
 class Cluster:
@@ -173,26 +166,26 @@ class Cluster:
         self._turn = 0
         self._out: Address | None = None
         self._nodes: set[Address] = set()
-        self.owners: list[Address | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
+        self.owners: list[Address | None] = [None] * _SLOTS
 
     async def look(self, *, last: Address | None = None) -> Address:
         """Learn the nodes and their slots anew. Returns who told."""
         ranges, teller = await self._doors.ask(_slots, last=last)
-        owners: list[Address | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
+        owners: list[Address | None] = [None] * _SLOTS
         nodes = set()
         for first, end, *servers in ranges:
-            named = [self.named(_text(host), port, by=teller) for host, port, *_ in servers]
+            named = [
+                self.named((host or b"").decode(), port, by=teller) for host, port, *_ in servers
+            ]
             owners[first : end + 1] = [named[0]] * (end + 1 - first)
             nodes |= set(named)
         self._nodes, self.owners = nodes, owners
         await self._doors.replace([*nodes, *self._seeds])
         return teller
 
-    def connection(self, at: Address) -> AbstractConnection:
+    def connection(self, at: Address) -> Connection:
         """To one node, not yet made."""
-        pool: Any = self._doors.connect(at).connection_pool
-        made: AbstractConnection = pool.make_connection()
-        return made
+        return self._doors.connect(at).new_connection()
 
     @staticmethod
     def named(host: str, port: int, *, by: Address) -> Address:
@@ -222,73 +215,34 @@ class Cluster:
         self._out = at  # it still believes that it belongs to them
         return True
 
-    async def check(self, connection: AbstractConnection) -> None:
+    async def check(self, connection: Connection) -> None:
         """Any node is right."""
 
     async def aclose(self) -> None:
         await self._doors.aclose()
 
 
-class _Found(Connection):
-    """A connection that asks where to go each time it connects."""
-
-    def __init__(self, *, finder: Finder, **options: Any) -> None:
-        self._finder = finder
-        super().__init__(**options)
-
-    async def connect_check_health(
-        self, check_health: bool = True, retry_socket_connect: bool = True
-    ) -> None:
-        if not self.is_connected:
-            self.host, self.port = await self._finder.find()
-        await super().connect_check_health(check_health, retry_socket_connect)
-
-    async def on_connect_check_health(self, check_health: bool = True) -> None:
-        await super().on_connect_check_health(check_health)
-        await self._finder.check(self)
-
-
-class _FoundTls(_Found, SSLConnection):
-    pass
-
-
-class FoundPool(ConnectionPool):
-    """Connections to whatever server `finder` finds."""
-
-    def __init__(self, finder: Finder, *, tls: bool, **options: Any) -> None:
-        super().__init__(_FoundTls if tls else _Found, finder=finder, **options)
-        self.finder = finder
-
-    async def disconnect(self, inuse_connections: bool = True) -> None:
-        await super().disconnect(inuse_connections)
-        await self.finder.aclose()
-
-
-async def until_astray(redis: Redis, connection: AbstractConnection | None) -> None:
+async def until_astray(connection: Connection) -> None:
     """Ends when `connection` works and should go elsewhere. While nobody can tell, it stays."""
-    finder = getattr(redis.connection_pool, "finder", None)
-    if finder is None or not isinstance(connection, _Found):
+    finder, at = connection.finder, connection.at
+    if finder is None or isinstance(at, str):
         await asyncio.Event().wait()  # there is one server only
         return
     while True:
         await asyncio.sleep(_LOOK_SECONDS)
-        with suppress(RedisError, OSError):
-            if await finder.astray((connection.host, connection.port)):
+        with suppress(RedisError):
+            if await finder.astray(at):
                 return
 
 
-async def _slots(node: Any) -> list[list[Any]]:
+async def _slots(node: Redis) -> list[list[Any]]:
     try:
-        told: list[list[Any]] = await node.execute_command("CLUSTER SLOTS")
-    except ResponseError as error:
+        told: list[list[Any]] = await node.run("CLUSTER", "SLOTS")
+    except Refused as error:
         raise RedisError(f"{error} (redis.mode)") from None
     if not told:
         raise RedisError("belongs to no cluster")
     return told
-
-
-def _text(value: bytes | str | None) -> str:
-    return value.decode() if isinstance(value, bytes) else value or ""
 
 
 def _named(address: Address) -> str:

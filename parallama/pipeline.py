@@ -6,11 +6,10 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from redis.asyncio import Redis
-
 from parallama.lanes import PAUSE, Call, Lane
 from parallama.lanes import Script as Script
-from parallama.nodes import Address, Cluster, Sentinels, explain, slot_of, until_astray
+from parallama.nodes import Cluster, Sentinels, explain, slot_of, until_astray
+from parallama.resp import Address, Connection, Redis
 
 # How often a cluster may send a call elsewhere. Twice is usual while a slot moves.
 _MOST_MOVES = 5
@@ -31,16 +30,15 @@ class Pipeline:
     """
 
     def __init__(self, redis: Redis, *scripts: Script, timeout: float) -> None:
-        pool: Any = redis.connection_pool
-        finder = getattr(pool, "finder", None)
+        finder = redis.finder
         self._timeout = timeout
         self._watch: asyncio.TimerHandle | None = None
         self._ways: _One | _Many
         if isinstance(finder, Cluster):
             self._ways = _Many(finder, scripts, timeout)
         else:
-            stray = partial(until_astray, redis) if isinstance(finder, Sentinels) else None
-            self._ways = _One(pool.make_connection(), scripts, timeout, stray)
+            stray = until_astray if isinstance(finder, Sentinels) else None
+            self._ways = _One(redis.new_connection(), scripts, timeout, stray)
         self._take = self._ways.take
 
     def run(
@@ -92,10 +90,10 @@ class _One:
 
     def __init__(
         self,
-        connection: Any,
+        connection: Connection,
         scripts: Sequence[Script],
         timeout: float,
-        stray: Callable[[Any], Coroutine[Any, Any, None]] | None,
+        stray: Callable[[Connection], Coroutine[Any, Any, None]] | None,
     ) -> None:
         self._lane = Lane(
             connection,

@@ -1,35 +1,23 @@
 """Sections of settings: their base class, a walk through them, and words for what is wrong."""
 
-import difflib
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, TypeGuard, get_args
+from typing import Any, NamedTuple, TypeGuard, dataclass_transform, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
-
+from parallama.checking import Field, FieldInfo, Model, Wrong
 from parallama.yamlfile import Place
 
 LATER: dict[str, Any] = {"later": True}
 """Marks a setting that is loaded and checked, but that nothing reads yet."""
 
 
-class Section(BaseModel):
-    """Settings that belong together. A name that is not listed is a mistake."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        validate_default=True,
-        allow_inf_nan=False,
-        hide_input_in_errors=True,
-    )
-
-
 def section() -> Any:
-    """A field that is a section, made by validation: so its default paths learn the folder, too."""
-    return Field(default={}, validate_default=True)
+    """A field that is a section, made of its defaults where it is not given."""
+    return Field(default={})
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field, section))
+class Section(Model):
+    """Settings that belong together. A name that is not listed is a mistake."""
 
 
 class Leaf(NamedTuple):
@@ -39,7 +27,7 @@ class Leaf(NamedTuple):
     field: FieldInfo
 
 
-def leaves(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[Leaf]:
+def leaves(model: type[Model], above: tuple[str, ...] = ()) -> Iterator[Leaf]:
     """Every setting of a tree, in the order in which it is written."""
     for name, field in model.model_fields.items():
         if _is_section(field.annotation):
@@ -48,7 +36,7 @@ def leaves(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[Leaf
             yield Leaf((*above, name), field)
 
 
-def subsections(model: type[BaseModel]) -> Iterator[tuple[str, type[Section]]]:
+def subsections(model: type[Model]) -> Iterator[tuple[str, type[Section]]]:
     for name, field in model.model_fields.items():
         if _is_section(field.annotation):
             yield name, field.annotation
@@ -64,66 +52,30 @@ def dotted(place: Place) -> str:
     return "".join(steps).removeprefix(".")
 
 
-def explain(error: ErrorDetails, root: type[Section]) -> str:
+def explain(wrong: Wrong, root: type[Section]) -> str:
     """What is wrong with one value, and what to write instead. Never the value itself."""
-    place = error["loc"]
-    if error["type"] == "extra_forbidden":
-        return f"unknown setting; {_nearest_setting(place, root)}"
-    if error["input"] is None:
-        return f"has no value: write one{_such_as(place, root)}, or leave it out"
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    return _wanted(error) + _such_as(place, root) + _instead_of(error)
+    if wrong.kind == "unknown":
+        return f"unknown setting; {_nearest_setting(wrong.place, root)}"
+    if wrong.value is None:
+        return f"has no value: write one{_such_as(wrong.place, root)}, or leave it out"
+    if wrong.kind == "rule":
+        return wrong.text
+    return wrong.text + _such_as(wrong.place, root) + _instead_of(wrong)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` was probably meant to be."""
+    import difflib  # for mistakes alone
+
     return next(iter(difflib.get_close_matches(name, known, 1)), None)
 
 
-def _wanted(error: ErrorDetails) -> str:
-    bounds = error.get("ctx", {})
-    match error["type"]:
-        case "missing":
-            return "is missing"
-        case "int_type":
-            return "must be a whole number"
-        case "float_type" | "finite_number":
-            return "must be a number"
-        case "bool_type":
-            return "must be true or false"
-        case "string_type":
-            return "must be text"
-        case "tuple_type" | "list_type":
-            return "must be a list"
-        case "dict_type":
-            return "must be names and values, indented below it"
-        case "model_type" | "model_attributes_type":
-            return "must be a section: its settings by name, indented below it"
-        case "literal_error":
-            return f"must be {bounds['expected']}".replace("'", "")
-        case "greater_than_equal":
-            return f"must be at least {bounds['ge']:g}"
-        case "greater_than":
-            return f"must be more than {bounds['gt']:g}"
-        case "less_than_equal":
-            return f"must be at most {bounds['le']:g}"
-        case "string_too_short" | "too_short":
-            return "must not be empty"
-    return error["msg"]  # pydantic's own words
-
-
-def _instead_of(error: ErrorDetails) -> str:
-    wanted, value = error["type"], error["input"]
-    if wanted not in ("literal_error", "bool_type") and not wanted.endswith("_type"):
-        return ""
-    if isinstance(value, bool) and wanted in ("string_type", "literal_error"):
+def _instead_of(wrong: Wrong) -> str:
+    if isinstance(wrong.value, bool) and wrong.kind in ("text", "literal"):
         return "; YAML reads a bare on, off, yes or no as true or false: put it in quotes"
-    if wanted == "literal_error":
-        return ""
-    if wanted == "string_type" and not isinstance(value, list | dict):
-        return f"; it is {kind(value)}: put it in quotes"
-    return f"; it is {kind(value)}"
+    if wrong.kind == "text" and not isinstance(wrong.value, list | dict):
+        return f"; it is {kind(wrong.value)}: put it in quotes"
+    return f"; it is {kind(wrong.value)}" if wrong.kind in ("text", "type") else ""
 
 
 def kind(value: object) -> str:
@@ -168,8 +120,10 @@ def written(value: object) -> str:
 def _nearest_setting(place: Place, root: type[Section]) -> str:
     here: Any = root
     for step in place[:-1]:
-        # Of a list: the section that its members are.
-        here = get_args(here)[0] if isinstance(step, int) else here.model_fields[step].annotation
+        # Of a list or a mapping: the section that its members are.
+        inside = get_origin(here) in (tuple, dict)
+        here = get_args(here)[0 if isinstance(step, int) else 1] if inside else here
+        here = here if inside else here.model_fields[step].annotation
     name, above = str(place[-1]), place[:-1]
     if near := nearest(name, here.model_fields):
         return f"did you mean {dotted((*above, near))}?"

@@ -1,21 +1,26 @@
-"""What containers need before they start: passwords, and folders that they share."""
+"""What containers need before they start: passwords, a signing key, folders that they share."""
 
 import argparse
 import os
 import secrets
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+
+from parallama import signing
+from parallama.errors import ParallamaError
 
 # The servers that read them run as users of their own, in the group of ours.
 _SECRET_MODE = 0o440
 
 
-def make(passwords: Path, state: Path) -> None:
+def make(passwords: Path, state: Path, signing_keys: Path) -> None:
     """
     Each file appears with what belongs into it, once and for all.
 
-    `valkey.conf` says the password of `redis_password` in Valkey's own words.
+    `valkey.conf` says the password of `redis_password` in Valkey's own words. Another algorithm
+    than RS256 for tokens needs a key of its own: `parallama signing-keys rotate`.
     """
     for name in ("db_password", "redis_password"):
         _write(passwords / name, lambda: secrets.token_urlsafe(32))
@@ -24,6 +29,7 @@ def make(passwords: Path, state: Path) -> None:
     for folder in (state, state / "run", state / "trail"):
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
+    signing.ensure(signing_keys, algorithm="RS256", now=time.time())
 
 
 def _write(path: Path, text: Callable[[], str]) -> None:
@@ -40,9 +46,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m parallama.setup", description=make.__doc__)
     parser.add_argument("passwords", type=Path)
     parser.add_argument("state", type=Path)
+    parser.add_argument("signing_keys", type=Path)
     told = parser.parse_args()
     try:
-        make(told.passwords, told.state)
+        make(told.passwords, told.state, told.signing_keys)
+    except ParallamaError as error:
+        sys.exit(str(error))
     except OSError as error:
         at = f"{error.filename}: {error.strerror}"
         sys.exit(f"cannot write {at}: it has to belong to the user {os.geteuid()}")

@@ -9,32 +9,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-    load_pem_private_key,
-)
-from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
+from typing import TYPE_CHECKING, Any
 
 from parallama.clock import Clock
 from parallama.config import Config
 from parallama.config import JwtAlgorithm as Algorithm
 from parallama.errors import ConfigError
 
-PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+if TYPE_CHECKING:
+    from parallama.jwa import PrivateKey
 
 SHARED_SECRET = "hs256"  # noqa: S105 - a name
 """The `kid` of tokens that are signed with a secret; there is one."""
 
 _KID = re.compile("[0-9A-Za-z_-]{1,64}")
 _MADE = "%Y%m%dT%H%M%SZ"
-_RSA_BITS = 2048
 _SECRET_BYTES = 32
 _LARGEST_FILE = 1 << 16
 _MAY_CHANGE = 0o022
@@ -165,11 +154,13 @@ class Keys:
 
     def jwks(self) -> dict[str, Any]:
         """The public keys, for everybody (RFC 7517)."""
+        from parallama import jwa
+
         if self.algorithm == "HS256":
             return {"keys": []}
         return {
             "keys": [
-                {**_jwk(key), "kid": kid, "use": "sig", "alg": self.algorithm}
+                {**jwa.to_jwk(key), "kid": kid, "use": "sig", "alg": self.algorithm}
                 for kid, key in self.public.items()
             ]
         }
@@ -224,7 +215,7 @@ class KeyFolder:
             return None
 
 
-def read(folder: Path) -> dict[Named, PrivateKey]:
+def read(folder: Path) -> "dict[Named, PrivateKey]":
     """Every key in it. Raises ConfigError, which names what is wrong and where."""
     try:
         _check_mode(folder, _MAY_CHANGE, "change it: run chmod go-w on it")
@@ -286,13 +277,10 @@ def rotate(
     return new, removed
 
 
-def algorithm_of(key: PrivateKey) -> Algorithm:
-    match key:
-        case rsa.RSAPrivateKey():
-            return "RS256"
-        case ec.EllipticCurvePrivateKey():
-            return "ES256"
-    return "EdDSA"
+def algorithm_of(key: "PrivateKey") -> Algorithm:
+    from parallama import jwa
+
+    return jwa.algorithm_of(key)
 
 
 @contextmanager
@@ -312,10 +300,16 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _write(folder: Path, algorithm: Algorithm, now: float) -> Named:
-    key = _make(algorithm)
-    public = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    named = Named(float(int(now)), hashlib.sha256(public).hexdigest()[:16])
-    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    from parallama import jwa
+
+    if algorithm == "HS256":
+        raise ConfigError(
+            "HS256 has one secret, and no keys: write another into "
+            "authentication.jwt_secret_key_file, and restart; it ends all access tokens"
+        )
+    key = jwa.make(algorithm)
+    named = Named(float(int(now)), hashlib.sha256(jwa.public_bytes(key)).hexdigest()[:16])
+    pem = jwa.pem(key)
     fresh = folder / f".{named.file}"
     with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(pem)
@@ -323,20 +317,6 @@ def _write(folder: Path, algorithm: Algorithm, now: float) -> Named:
         os.fsync(file.fileno())
     fresh.rename(folder / named.file)
     return named
-
-
-def _make(algorithm: Algorithm) -> PrivateKey:
-    match algorithm:
-        case "RS256":
-            return rsa.generate_private_key(public_exponent=65537, key_size=_RSA_BITS)
-        case "ES256":
-            return ec.generate_private_key(ec.SECP256R1())
-        case "EdDSA":
-            return ed25519.Ed25519PrivateKey.generate()
-    raise ConfigError(
-        "HS256 has one secret, and no keys: write another into authentication.jwt_secret_key_file, "
-        "and restart; it ends all access tokens"
-    )
 
 
 def _named(file: Path) -> Named:
@@ -365,37 +345,22 @@ def _check_mode(path: Path, mask: int, what: str) -> None:
         raise ConfigError(f"others may {what} ({path})")
 
 
-def _load(file: Path) -> PrivateKey:
+def _load(file: Path) -> "PrivateKey":
     _check_mode(file, _MAY_USE, "read or change a private key: run chmod 600 on it")
     with file.open("rb") as opened:
         pem = opened.read(_LARGEST_FILE)
+    from parallama import jwa
+
     try:
-        # Checking primes takes a tenth of a second, and these are our own.
-        key = load_pem_private_key(pem, None, unsafe_skip_rsa_key_validation=True)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+        key = jwa.load(pem)
+    except ValueError:
         raise ConfigError(
             f"{file} is not a private key in PEM, without a password: take it away, and see "
             "`parallama signing-keys list`"
         ) from None
-    match key:
-        case rsa.RSAPrivateKey() if key.key_size >= _RSA_BITS:
-            return key
-        case ec.EllipticCurvePrivateKey() if isinstance(key.curve, ec.SECP256R1):
-            return key
-        case ed25519.Ed25519PrivateKey():
-            return key
-    raise ConfigError(
-        f"{file} is a private key of a kind that is not used: RSA with {_RSA_BITS} bits or more, "
-        "P-256 or Ed25519"
-    )
-
-
-def _jwk(key: Any) -> dict[str, Any]:
-    match key:
-        case rsa.RSAPublicKey():
-            told = RSAAlgorithm.to_jwk(key, as_dict=True)
-        case ec.EllipticCurvePublicKey():
-            told = ECAlgorithm.to_jwk(key, as_dict=True)
-        case _:
-            told = OKPAlgorithm.to_jwk(key, as_dict=True)
-    return {name: value for name, value in told.items() if name != "key_ops"}
+    if key is None:
+        raise ConfigError(
+            f"{file} is a private key of a kind that is not used: RSA with {jwa.LEAST_RSA_BITS} "
+            "bits or more, P-256 or Ed25519"
+        )
+    return key

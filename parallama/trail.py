@@ -81,13 +81,20 @@ def parse(line: bytes) -> Finished | None:
             status=told["status"] or 0,
             flags="" if told["response_flags"] == "-" else _text(told["response_flags"]),
             details=_text(told["reason"] or ""),
-            upstream=told["upstream"] and _text(told["upstream"]),
+            upstream=_address(told["upstream"]),
             who=told["who"] or {},
             lua=told["lua"] or {},
             limits=told["limits"] or {},
+            attempts=int(told.get("tries") or 0),  # lines of an earlier version have none
         )
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, OSError):
         raise Unreadable("facts are missing, or of another kind") from None
+
+
+def _address(value: object) -> str | None:
+    """Of a model server. What has no port is a socket of ours, where lists are answered."""
+    at = None if value is None else _text(value)
+    return at if at and ":" in at else None
 
 
 def _text(value: object) -> str:

@@ -56,6 +56,12 @@ class UsageRecord:
     """What was paid for by grants, as `<unit>:<grant's id>`, comma-separated."""
     decision: str | None = None
     """Why it was let in or refused, as JSON: see `parallama.finished`."""
+    requested_model: str | None = None
+    """The name that the client sent, where it is mapped to `model_name`."""
+    attempts: int | None = None
+    """How many servers were asked until one answered, where any was."""
+    reasoning_tokens: int | None = None
+    """Those of the completion that were no answer yet, as the server reports them."""
 
     @property
     def admitted(self) -> bool:

@@ -3,26 +3,31 @@
 import ipaddress
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import SplitResult, urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    PlainSerializer,
-    PlainValidator,
-    SecretStr,
-    ValidationInfo,
-)
+from parallama.checking import AfterValidator, BeforeValidator, PlainValidator
 
 _LARGEST_SECRET = 1 << 16
 _OTHERS = 0o006  # read or write, for everybody
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9_.*-]+)(:([0-9]+|\*))?")
 _SIZE = re.compile(r"(\d{1,15}) ?([KMG]?)(?:i?B)?", re.IGNORECASE)
+_HEADER_NAME = re.compile(r"[A-Za-z0-9-]+")
 _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+@dataclass(frozen=True, slots=True)
+class SecretText:
+    """A secret that shows in no text about it."""
+
+    _secret: str = field(repr=False)
+
+    def get_secret_value(self) -> str:
+        return self._secret
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,34 +35,33 @@ class SecretFile:
     """A file that holds a secret, and what it held when the configuration was loaded."""
 
     path: Path
-    secret: SecretStr
+    secret: SecretText
 
 
-def _path(value: object, info: ValidationInfo) -> Path:
+def _path(value: object, folder: Path) -> Path:
     if not isinstance(value, str | Path) or not str(value):
         raise ValueError("must be a path, such as /var/lib/parallama")
-    folder: Path = (info.context or {}).get("dir", Path.cwd())
     return folder / os.path.expanduser(value)
 
 
-def _existing_file(value: object, info: ValidationInfo) -> Path:
-    path = _path(value, info)
+def _existing_file(value: object, folder: Path) -> Path:
+    path = _path(value, folder)
     if not path.is_file():
         found = "is not a regular file" if path.exists() else "does not exist"
-        raise ValueError(f"the file it names {found}; relative paths start at {_folder(info)}")
+        raise ValueError(f"the file it names {found}; relative paths start at {folder}")
     return path
 
 
-def _secret_file(value: object, info: ValidationInfo) -> SecretFile:
+def _secret_file(value: object, folder: Path) -> SecretFile:
     # Not one of these messages repeats the value: it may be the secret itself, put here by mistake.
     if isinstance(value, SecretFile):
         return value
     if not isinstance(value, str) or not value:
         raise ValueError("must be the path of a file that holds the secret")
-    path = _path(value, info)
+    path = _path(value, folder)
     try:
         # Looked at before it is opened: opening a pipe would wait for somebody to write.
-        _existing_file(value, info)
+        _existing_file(value, folder)
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             raw = file.read(_LARGEST_SECRET + 1)
@@ -67,11 +71,7 @@ def _secret_file(value: object, info: ValidationInfo) -> SecretFile:
         raise ValueError(
             "every user of this machine may read or change the file: run chmod o= on it"
         )
-    return SecretFile(path, SecretStr(_secret(raw)))
-
-
-def _folder(info: ValidationInfo) -> Path:
-    return _path(".", info)
+    return SecretFile(path, SecretText(_secret(raw)))
 
 
 def _secret(raw: bytes) -> str:
@@ -132,6 +132,35 @@ def _upstream(value: str) -> str:
     return f"{url.scheme}://[{host}]" if ":" in host else f"{url.scheme}://{host}"
 
 
+def _upstream_at(value: str) -> str:
+    """`scheme://host:port`"""
+    url = _split(value if "://" in value else f"http://{value}")
+    try:
+        port = url.port
+    except ValueError:
+        port = None
+    if port is None:
+        raise ValueError("must name a host and a port, such as http://10.0.0.1:11434")
+    without = url._replace(netloc=url.netloc.rpartition(":")[0])
+    return f"{_upstream(without.geturl())}:{port}"
+
+
+def _origin(value: str) -> str:
+    """As browsers send it; `*` may stand in its host and for its port."""
+    told = value.lower()
+    if told != "*" and not _ORIGIN.fullmatch(told):
+        raise ValueError(
+            "must be an origin as browsers send it, such as https://chat.example.org, or '*'"
+        )
+    return told
+
+
+def _header_name(value: str) -> str:
+    if not _HEADER_NAME.fullmatch(value):
+        raise ValueError("must be the name of a header, such as x-my-header")
+    return value.lower()
+
+
 def _keys_url(value: str) -> str:
     """Who could change what is on its way could make tokens, so it is https."""
     url = _split(value)
@@ -187,15 +216,14 @@ def lower(value: object) -> object:
 
 FilePath = Annotated[Path, PlainValidator(_path)]
 ExistingFile = Annotated[Path, PlainValidator(_existing_file)]
-Secret = Annotated[
-    SecretFile,
-    PlainValidator(_secret_file),
-    PlainSerializer(lambda given: str(given.path), return_type=str),
-]
+Secret = Annotated[SecretFile, PlainValidator(_secret_file)]
 Address = Annotated[str, AfterValidator(_address)]
 Host = Annotated[str, AfterValidator(_host)]
 HostPort = Annotated[str, AfterValidator(_host_port)]
 Upstream = Annotated[str, AfterValidator(_upstream)]
+UpstreamAt = Annotated[str, AfterValidator(_upstream_at)]
+Origin = Annotated[str, AfterValidator(_origin)]
+HeaderName = Annotated[str, AfterValidator(_header_name)]
 KeysUrl = Annotated[str, AfterValidator(_keys_url)]
 TimeZone = Annotated[str, AfterValidator(_zone)]
 Bytes = Annotated[int, BeforeValidator(_size)]

@@ -111,7 +111,7 @@ class RateLimit:
         if answer is None:
             raise rpc.RpcError(rpc.Status.UNAVAILABLE, "limits cannot be checked")
         if isinstance(answer, rules.Refused):
-            return wire.refused(answer, ask.dialect)
+            return wire.refused(answer, ask.dialect, request_id=ask.request_id)
         self._begun[ask.request_id] = _call(ask, self._clock(), answer.grants)
         if len(self._begun) > _TIMED:
             self._begun.popitem(last=False)

@@ -4,7 +4,7 @@ from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitRespon
 from google.protobuf.message import DecodeError
 
 from parallama import contract
-from parallama.dialects import OLLAMA, OPENAI, refusal
+from parallama.dialects import OF_MODELS, refusal
 from parallama.errors import ParallamaError
 from ratelimit.rules import MOST_TOKENS, Admitted, Refused, Reserve, Room, Settle, duration
 
@@ -49,8 +49,8 @@ def parse(message: bytes) -> Reserve | Settle:
             bounded=contract.MAX_TOKENS in entries,
         )
     dialect = _needed(entries, contract.DIALECT)
-    if dialect not in (OLLAMA, OPENAI):
-        raise BadCall(f"{contract.DIALECT} is neither {OLLAMA} nor {OPENAI}")
+    if dialect not in OF_MODELS:
+        raise BadCall(f"{contract.DIALECT} is none of {', '.join(OF_MODELS)}")
     most = _number(entries, contract.MAX_TOKENS)
     return Reserve(
         user=user,
@@ -83,11 +83,9 @@ def admitted(answer: Admitted) -> bytes:
     return bytes(response.SerializeToString())
 
 
-def refused(answer: Refused, dialect: str) -> bytes:
-    response = RateLimitResponse(
-        overall_code=RateLimitResponse.OVER_LIMIT,
-        raw_body=refusal(dialect, 429, answer.code, answer.message),
-    )
+def refused(answer: Refused, dialect: str, *, request_id: str = "") -> bytes:
+    body = refusal(dialect, 429, answer.code, answer.message, request_id=request_id)
+    response = RateLimitResponse(overall_code=RateLimitResponse.OVER_LIMIT, raw_body=body)
     if answer.decision:
         response.dynamic_metadata.fields[contract.DECISION].string_value = answer.decision
     _describe(response, answer.requests, answer.tokens)

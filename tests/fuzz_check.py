@@ -31,6 +31,7 @@ from tests.authz.make import (
     a_check,
     a_key,
     a_model_check,
+    no_mappings,
     no_signatures,
 )
 from tests.authz.tokens import THEM, a_token, an_issuer, trusting
@@ -64,7 +65,9 @@ def service() -> Authz:
 
     bearers = trusting(an_issuer(), an_issuer("ES256", name=THEM, outside=True))
     keyring = Keyring(find, bearers, size=100)
-    return Authz(keyring, no_signatures(), gateways=("ollama", "openai"), clock=lambda: NOW)
+    return Authz(
+        keyring, no_signatures(), no_mappings(), gateways=("ollama", "openai"), clock=lambda: NOW
+    )
 
 
 def seeds() -> list[bytes]:

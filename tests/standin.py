@@ -63,12 +63,15 @@ class StandIn:
         self.flavour = flavour
         self.default = default or Behaviour()
         self.models = list(models)
+        self.blobs = set[str]()
+        self.health = 200
         self._connections: set[Connection] = set()
         self._at_start = (self.default, tuple(self.models))
         self._keep_log = keep_log
         self._queue: list[tuple[Behaviour, str | None]] = []
         self._released: set[str] = set()
         self._log: list[Seen] = []
+        self._asked: list[Seen] = []
         self._count = 0
         self._watchers: list[tuple[Callable[[Seen], bool], Future[Seen]]] = []
         self._lock = threading.Lock()  # the queue, the log and those who watch it
@@ -81,6 +84,12 @@ class StandIn:
     def requests(self) -> list[Seen]:
         with self._lock:
             return list(self._log)
+
+    @property
+    def asked(self) -> list[Seen]:
+        """What Parallama itself wanted to know, which is nobody's request: its lists of models."""
+        with self._lock:
+            return list(self._asked)
 
     def last(self) -> Seen:
         """The last request, once it has ended: a client may have its answer a little earlier."""
@@ -112,9 +121,12 @@ class StandIn:
         with self._lock:
             self.default, models = self._at_start
             self.models[:] = models
+            self.blobs.clear()
+            self.health = 200
             self._queue.clear()
             self._released.clear()
             self._log.clear()
+            self._asked.clear()
 
     def __enter__(self) -> Self:
         started: Future[None] = Future()
@@ -190,11 +202,15 @@ class StandIn:
         """Answers; says whether the connection may carry another request."""
         if request.path.startswith("/__standin__/"):
             return await self._control(connection, request)
+        if request.get("user-agent") == "Envoy/HC":  # asks how we are, and is nobody's call
+            return await self._tell(connection, self.health, {"status": "as told"})
         self._count += 1
         seen = Seen(self._count, request.method, request.target, request.headers, request.body)
+        seen.received = request.received
         if self._keep_log:
             with self._lock:
-                self._log.append(seen)
+                ours = request.get("user-agent") == "parallama"
+                (self._asked if ours else self._log).append(seen)
         try:
             behaviour = self._behaviour(request)
         except (TypeError, ValueError) as error:

@@ -1,6 +1,7 @@
 """What the stand-in does with one request: its route, then the form and the count of the bytes."""
 
 import base64
+import hashlib
 import json
 import struct
 import time
@@ -8,9 +9,11 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
+from tests import standin_asked as asked
 from tests import standin_dialects as dialects
+from tests import standin_typed
 from tests.standin_dialects import Behaviour, Json, Refused
 from tests.standin_wire import ClientGone, Connection, Request
 
@@ -36,9 +39,13 @@ class Seen:
     target: str
     headers: list[tuple[str, str]]
     body: bytes
+    received: int = 0
+    """Bytes of the body; those of a blob are counted and not kept."""
     model: str | None = None
     """The configured model that ran, whatever the request called it."""
     prompt_tokens: int = 0
+    images: int = 0
+    """Images that came with the prompt."""
     emitted: int = 0
     """Tokens written."""
     chunks: int = 0
@@ -139,19 +146,29 @@ class Exchange:
         request = self._request
         if self._ollama and not self._welcome():
             return await self._whole(403, "", b"")
-        if self._ollama and request.path.startswith("/api/blobs/"):
-            return await self._whole(201 if request.method == "POST" else 404, "", b"")
         methods, handle = _ROUTES.get(request.path, ((), None))
-        if handle is None or (self._api and not self._ollama):
+        if request.path.startswith("/api/blobs/"):
+            methods, handle = ("HEAD", "POST"), Exchange.blob
+        elif request.path.startswith("/v1/models/"):
+            methods, handle = ("GET",), Exchange.v1_model
+        if handle is None or (self._api and not self._ollama) or self._lacks(handle):
             if self._ollama:
                 return await self._whole(404, "text/plain", b"404 page not found")
             return await self._error(404, "File Not Found")
+        if "GET" in methods and not self._ollama:
+            methods = READ
         if request.method not in methods:
             return await self._whole(405, "text/plain", b"405 method not allowed")
         try:
             await handle(self)
         except Refused as refusal:
             await self._error(refusal.status, str(refusal))
+
+    def _lacks(self, handle: Any) -> bool:
+        """What the others have and this one has not."""
+        if self._flavour == "llamacpp":
+            return handle is Exchange.v1_model
+        return self._ollama and handle in (Exchange.count_tokens, Exchange.health)
 
     def _welcome(self) -> bool:
         origin = self._request.get("origin")
@@ -175,15 +192,15 @@ class Exchange:
 
     def _model(self, found: Json) -> str:
         """The name that the answer calls the model by; the one that runs is noted."""
-        asked = dialects.typed(found, "model", str) or ""
-        if not asked and self._ollama and self._request.path in ("/api/show", "/api/delete"):
-            asked = dialects.typed(found, "name", str) or ""
-        if not asked and self._request.path in ("/api/chat", "/v1/chat/completions"):
+        name = dialects.typed(found, "model", str) or ""
+        if not name and self._ollama and self._request.path in ("/api/show", "/api/delete"):
+            name = dialects.typed(found, "name", str) or ""
+        if not name and self._request.path in _NAMED:
             raise Refused(400, "model is required")
-        self._seen.model = self._server.model(asked, self._flavour)
+        self._seen.model = self._server.model(name, self._flavour)
         if self._seen.model is None:
-            raise Refused(400 if self._flavour == "llamacpp" else 404, f"model '{asked}' not found")
-        return asked if self._ollama else self._seen.model
+            raise Refused(400 if self._flavour == "llamacpp" else 404, f"model '{name}' not found")
+        return name if self._ollama else self._seen.model
 
     # Calls that generate.
 
@@ -191,6 +208,8 @@ class Exchange:
         """What every inference call does before its first byte, if it was told to."""
         await self._hold(0)
         await self._connection.pause(self._says.delay)
+        if self._says.cut_before:
+            raise _Cut
         if self._says.status >= 400:
             raise Refused(self._says.status, self._says.error)
 
@@ -203,7 +222,15 @@ class Exchange:
             await self._hold(self._says.hold_at)
         await self._connection.pause(self._says.gap * work.tokens)
         self._seen.prompt_tokens = self._says.prompt_tokens
-        await self._json(dialects.answer(work), tokens=work.emitted)
+        await self._json(forms(work).answer(work), tokens=work.emitted)
+
+    def _ask(self, work: dialects.Work, found: Json) -> dialects.Work:
+        """The same work with what is asked of it beside text."""
+        self._seen.images = asked.images(found, ollama=self._ollama)
+        if work.kind not in ("generate", "v1/completions"):
+            work.call = asked.call(found)
+        work.json_text = work.call is None and asked.wants_json(found)
+        return work
 
     async def chat(self) -> None:
         await self._ollama_generation("chat", "messages")
@@ -214,7 +241,7 @@ class Exchange:
     async def _ollama_generation(self, kind: Any, prompt: str) -> None:
         found = self._body()
         model = self._model(found)
-        work = dialects.ollama_work(kind, found, self._says, model)
+        work = self._ask(dialects.ollama_work(kind, found, self._says, model), found)
         if not work.stream or not self._early_headers:
             await self._begin()
         if found.get(prompt):
@@ -228,9 +255,22 @@ class Exchange:
     async def v1_completions(self) -> None:
         await self._v1_generation("v1/completions")
 
+    async def responses(self) -> None:
+        await self._v1_generation("v1/responses")
+
+    async def messages(self) -> None:
+        await self._v1_generation("v1/messages")
+
+    async def count_tokens(self) -> None:
+        self._model(self._body())
+        await self._begin()
+        await self._json(standin_typed.count_tokens(self._says))
+
     async def _v1_generation(self, kind: Any) -> None:
         found = self._body()
-        work = dialects.v1_work(kind, found, self._says, self._model(found), self._flavour)
+        make = standin_typed.work if kind in _TYPED else dialects.v1_work
+        work = make(kind, found, self._says, self._model(found), self._flavour)
+        self._ask(work, found)
         if not work.stream or not self._early_headers:
             await self._begin()
         await self._generate(work)
@@ -238,17 +278,23 @@ class Exchange:
     def _encoded(self, work: dialects.Work) -> Iterator[tuple[bytes, int]]:
         says, sse = self._says, work.kind.startswith("v1/")
         line = b"\r\n" if says.crlf else b"\n"
-        before = b": keep-alive" + line * 2 if says.comments and sse else b""
-        before += b"data: " if sse else b""
+        comment = b": keep-alive" + line * 2 if says.comments and sse else b""
         after = line * 2 if sse else line
-        for count, (value, tokens) in enumerate(dialects.events(work)):
+
+        def framed(value: Json, name: str = "") -> bytes:
+            event = f"event: {name}".encode() + line if name else b""
+            return comment + event + b"data: " * sse + dump(value, says.spaces) + after
+
+        for count, (value, tokens) in enumerate(forms(work).events(work)):
             if count == says.error_after:
-                value = dialects.error_event(self._request.path, work)
-                yield before + dump(value, says.spaces) + after, 0
+                error = forms(work).error_event(work)
+                if error is not None:
+                    named = "type" in error and work.kind in _TYPED
+                    yield framed(error, "error" * named), 0
                 return
-            yield before + dump(value, says.spaces) + after, tokens
-        if sse:
-            yield before + b"[DONE]" + after, 0
+            yield framed(value, value.get("type", "")), tokens
+        if sse and work.kind not in _TYPED:
+            yield comment + b"data: [DONE]" + after, 0
 
     async def embed(self) -> None:
         found, count = await self._embedding("input")
@@ -257,7 +303,7 @@ class Exchange:
         told = {
             k: v for k, v in {**counts, **self._says.report}.items() if k not in self._says.omit
         }
-        await self._json({"model": found["model"], "embeddings": [_VECTOR] * count, **told})
+        await self._json({"model": found["model"], "embeddings": [_vector(found)] * count, **told})
 
     async def embeddings(self) -> None:
         await self._embedding("prompt")
@@ -266,9 +312,9 @@ class Exchange:
     async def v1_embeddings(self) -> None:
         found, count = await self._embedding("input")
         tokens = self._seen.prompt_tokens
-        vector: Any = _VECTOR
+        vector: Any = _vector(found)
         if found.get("encoding_format") == "base64":
-            vector = base64.b64encode(struct.pack(f"<{len(_VECTOR)}f", *_VECTOR)).decode()
+            vector = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
         data = [{"object": "embedding", "embedding": vector, "index": n} for n in range(count)]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens, **self._says.report}
         answer: Json = {"object": "list", "data": data, "model": found["model"]}
@@ -283,7 +329,12 @@ class Exchange:
         await self._begin()
         self._seen.prompt_tokens = self._says.prompt_tokens
         texts = found.get(field)
-        return found, len(texts) if isinstance(texts, list) else 1
+        if not isinstance(texts, list):
+            return found, 1
+        if self._ollama and not all(isinstance(text, str) for text in texts):
+            raise Refused(400, "invalid input type")
+        tokens = bool(texts) and isinstance(texts[0], int)  # one text, tokenized already
+        return found, 1 if tokens else len(texts)
 
     # Calls about models.
 
@@ -294,6 +345,10 @@ class Exchange:
     async def version(self) -> None:
         await self._begin()
         await self._json({"version": "0.18.0"})
+
+    async def status(self) -> None:
+        await self._begin()
+        await self._json({"cloud": {"disabled": True, "source": "env"}})
 
     async def health(self) -> None:
         await self._begin()
@@ -329,23 +384,37 @@ class Exchange:
         names = self._server.models
         if self._ollama:
             names = [_tagged(name) for name in names]
+        await self._json({"object": "list", "data": [self._v1_entry(name) for name in names]})
+
+    async def v1_model(self) -> None:
+        name = unquote(self._request.path.removeprefix("/v1/models/"))
+        self._seen.model = self._server.model(name, self._flavour)
+        await self._begin()
+        if self._seen.model is None:
+            raise Refused(404, f"model '{name}' not found")
+        await self._json(self._v1_entry(name))
+
+    def _v1_entry(self, name: str) -> Json:
         owner = {"ollama": "library", "llamacpp": "llamacpp"}.get(self._flavour, "stand-in")
         more = {"status": {"value": "loaded"}} if self._flavour == "llamacpp" else {}
-        model = {"object": "model", "created": 1_790_000_000, "owned_by": owner, **more}
-        await self._json({"object": "list", "data": [{"id": name, **model} for name in names]})
+        return {
+            "id": name, "object": "model", "created": 1_790_000_000, "owned_by": owner, **more,
+        }  # fmt: skip
 
     async def pull(self) -> None:
         await self._transfer(
-            ["pulling manifest", None, "verifying sha256 digest", "writing manifest"]
+            "pulling", ["pulling manifest", None, "verifying sha256 digest", "writing manifest"]
         )
 
     async def push(self) -> None:
-        await self._transfer(["retrieving manifest", None, "pushing manifest"])
+        await self._transfer("pushing", ["retrieving manifest", None, "pushing manifest"])
 
     async def create(self) -> None:
-        await self._transfer(["gathering model components", None, "writing manifest"])
+        await self._transfer(
+            "using existing layer", ["gathering model components", None, "writing manifest"]
+        )
 
-    async def _transfer(self, states: list[str | None]) -> None:
+    async def _transfer(self, moving: str, states: list[str | None]) -> None:
         """None stands for the lines that count bytes."""
         found = self._body()
         name = dialects.typed(found, "model", str) or dialects.typed(found, "name", str) or ""
@@ -361,7 +430,10 @@ class Exchange:
             if state is not None:
                 lines.append({"status": state})
                 continue
-            layer = {"status": f"{states[0]} layer", "digest": _DIGEST, "total": 1000}
+            if self._request.path == "/api/create":
+                lines.append({"status": f"{moving} {_DIGEST}"})
+                continue
+            layer = {"status": f"{moving} {_DIGEST[7:19]}", "digest": _DIGEST, "total": 1000}
             lines += [{**layer, "completed": done} for done in (250, 500, 750, 1000)]
         if self._says.error_after is not None:
             lines[self._says.error_after :] = [{"error": self._says.error}]
@@ -381,6 +453,19 @@ class Exchange:
         await self._begin()
         self._server.models.append(str(target))
         await self._whole(200, "", b"")
+
+    async def blob(self) -> None:
+        """The body of a blob is hashed as it comes and not kept."""
+        digest, known = self._request.path.removeprefix("/api/blobs/"), self._server.blobs
+        await self._begin()
+        if self._request.method == "HEAD":
+            return await self._whole(200 if digest in known else 404, "", b"")
+        if digest in known:
+            return await self._whole(200, "", b"")
+        if digest != f"sha256:{self._request.sha256}":
+            raise Refused(400, "digest mismatch")
+        known.add(digest)
+        await self._whole(201, "", b"")
 
     # How the bytes are written.
 
@@ -404,6 +489,7 @@ class Exchange:
         await self._head(200, content_type, None)
         if self._early_headers:
             await self._begin()
+        count = 0
         for index, (data, tokens) in enumerate(chunks):
             if index == says.cut_after:
                 await self._flush()
@@ -412,8 +498,12 @@ class Exchange:
                 await self._hold(index)
                 await self._connection.pause(says.gap)
             self._pending.append((data, tokens))
+            count += 1
             if len(self._pending) >= says.chunks_per_write:
                 await self._flush()
+        if count == says.cut_after:  # everything was said, but the body does not end
+            await self._flush()
+            raise _Cut
         await self._end()
 
     async def _whole(self, status: int, content_type: str, body: bytes, tokens: int = 0) -> None:
@@ -483,6 +573,7 @@ _ROUTES: dict[str, tuple[tuple[str, ...], Any]] = {
     "/": (READ, Exchange.root),
     "/health": (READ, Exchange.health),
     "/api/version": (READ, Exchange.version),
+    "/api/status": (("GET",), Exchange.status),
     "/api/tags": (READ, Exchange.tags),
     "/api/ps": (("GET",), Exchange.ps),
     "/api/show": (POST, Exchange.show),
@@ -499,7 +590,22 @@ _ROUTES: dict[str, tuple[tuple[str, ...], Any]] = {
     "/v1/chat/completions": (POST, Exchange.v1_chat),
     "/v1/completions": (POST, Exchange.v1_completions),
     "/v1/embeddings": (POST, Exchange.v1_embeddings),
+    "/v1/responses": (POST, Exchange.responses),
+    "/v1/messages": (POST, Exchange.messages),
+    "/v1/messages/count_tokens": (POST, Exchange.count_tokens),
 }
+_NAMED = ("/api/chat", "/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens")
+_TYPED = ("v1/responses", "v1/messages")
+
+
+def forms(work: dialects.Work) -> Any:
+    """The module that knows this API's answers."""
+    return standin_typed if work.kind in _TYPED else dialects
+
+
+def _vector(found: Json) -> list[float]:
+    return _VECTOR[: dialects.typed(found, "dimensions", int) or None]
+
 
 _VECTOR = [0.125, 0.25, 0.375, 0.5]  # exact as float32 and as float64
 _DIGEST = f"sha256:{'ab' * 32}"
@@ -517,7 +623,7 @@ def _entry(name: str) -> Json:
         "model": _tagged(name),
         "modified_at": "2026-10-01T08:00:00Z",
         "size": 91_000_000,
-        "digest": "ab" * 32,
+        "digest": hashlib.sha256(name.encode()).hexdigest(),
         "details": details,
-        "capabilities": ["completion"],
+        "capabilities": ["completion", "tools", "vision"],
     }

@@ -7,7 +7,10 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+if TYPE_CHECKING:
+    from tests.standin_asked import Call
 
 Json = dict[str, Any]
 Flavour = Literal["ollama", "llamacpp", "openai", "bare", "cumulative"]
@@ -19,7 +22,11 @@ llamacpp     no /api/*; `timings` in the last chunk unless include_usage; an unk
 openai       with include_usage: `usage: null` on every chunk and one more chunk that has it
 bare         never any usage
 cumulative   `usage: null` first, then the count so far on every chunk, asked or not
+
+To `/v1/messages` the last three answer as Anthropic does.
 """
+
+Kind = Literal["chat", "generate", "v1/chat", "v1/completions", "v1/responses", "v1/messages"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +69,8 @@ class Behaviour:
     error: str = "the stand-in was told to fail"
     error_after: int | None = None
     """After this many chunks of a stream comes an error, as the flavour says it, and the end."""
+    cut_before: bool = False
+    """The connection ends in the place of an answer."""
     cut_after: int | None = None
     """After this many chunks the connection ends; an answer in one piece ends in its middle."""
     cut: Literal["close", "reset", "clean"] = "close"
@@ -206,7 +215,7 @@ def host_allowed(host: str) -> bool:
 class Work:
     """One generation that was accepted."""
 
-    kind: Literal["chat", "generate", "v1/chat", "v1/completions"]
+    kind: Kind
     flavour: Flavour
     says: Behaviour
     model: str
@@ -216,6 +225,10 @@ class Work:
     stream: bool
     choices: int = 1
     include_usage: bool = False
+    call: "Call | None" = None
+    """After its thinking the model says this instead of text."""
+    json_text: bool = False
+    """The text is a JSON object."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -228,16 +241,55 @@ class Work:
 
     @property
     def reason(self) -> str:
-        return "stop" if self.tokens == self.says.tokens else "length"
+        if self.tokens < self.says.tokens:
+            return "length"
+        return "stop" if self.call is None else "tool_calls"
+
+    @property
+    def thought(self) -> int:
+        """Tokens of thinking."""
+        return min(self.says.reasoning_tokens, self.tokens)
 
     def pieces(self) -> Iterator[tuple[int, int, bool, str]]:
         """(choice, tokens in this piece, is it thinking, text) in the order of the stream."""
-        step = self.says.tokens_per_chunk
-        for first in range(0, self.tokens, step):
-            count = min(step, self.tokens - first)
+        step, end = self.says.tokens_per_chunk, self.tokens if self.call is None else self.thought
+        for first in range(0, end, step):
+            count = min(step, end - first)
             text = "".join(f"w{n} " for n in range(first, first + count))
+            thinking = first < self.says.reasoning_tokens
+            if self.json_text and not thinking:
+                opens = first - step < self.thought
+                closes = first + count == self.says.tokens
+                text = '{"words": "' * opens + text + '"}' * closes
             for choice in range(self.choices):
-                yield choice, count, first < self.says.reasoning_tokens, text
+                yield choice, count, thinking, text
+
+    def call_pieces(self) -> Iterator[tuple[int, int, str]]:
+        """(choice, tokens in this piece, part of the arguments) in the order of the stream."""
+        step, left = self.says.tokens_per_chunk, self.tokens - self.thought
+        whole = self.says.tokens - min(self.says.reasoning_tokens, self.says.tokens)
+        for first in range(0, left, step):
+            count = min(step, left - first)
+            text = self._arguments(first, first + count, whole)
+            for choice in range(self.choices):
+                yield choice, count, text
+
+    def _arguments(self, first: int, last: int, whole: int) -> str:
+        """What these tokens of the call say, so that all of them say all of it."""
+        assert self.call is not None
+        text = self.call.arguments
+        return text[len(text) * first // whole : len(text) * last // whole]
+
+    def called(self) -> str:
+        """The arguments, as far as the model came."""
+        return "".join(text for choice, _, text in self.call_pieces() if choice == 0)
+
+    def called_with(self) -> Json:
+        """The same as an object; what is not whole is nothing."""
+        try:
+            return dict(json.loads(self.called()))
+        except ValueError:
+            return {}
 
     def text(self, *, thinking: bool) -> str:
         return "".join(
@@ -301,7 +353,7 @@ def events(work: Work) -> Iterator[tuple[Json, int]]:
     return _v1_events(work) if work.kind.startswith("v1/") else _ollama_events(work)
 
 
-def _told(counts: Json, says: Behaviour) -> Json:
+def told(counts: Json, says: Behaviour) -> Json:
     """The counts as they are told: padded, with lies, with gaps."""
     padding = {"padding": "x" * says.usage_padding} if says.usage_padding else {}
     return {k: v for k, v in (padding | counts | says.report).items() if k not in says.omit}
@@ -323,7 +375,15 @@ def _ollama_done(work: Work) -> Json:
     }
     context = {"context": [1, 2, 3]} if work.kind == "generate" else {}
     not_zero = {k: v for k, v in counts.items() if v}  # Go leaves zeros out
-    return {"done": True, "done_reason": work.reason, **context, **_told(not_zero, work.says)}
+    reason = "length" if work.reason == "length" else "stop"
+    return {"done": True, "done_reason": reason, **context, **told(not_zero, work.says)}
+
+
+def _ollama_calls(work: Work) -> Json:
+    assert work.call is not None
+    function = {"index": 0, "name": work.call.name, "arguments": work.called_with()}
+    calls = [{"id": work.call.id, "function": function}]
+    return {"message": {"role": "assistant", "content": "", "tool_calls": calls}}
 
 
 def _ollama_part(work: Work, text: str, thinking: str) -> Json:
@@ -335,6 +395,8 @@ def _ollama_part(work: Work, text: str, thinking: str) -> Json:
 
 def _ollama_answer(work: Work) -> Json:
     part = _ollama_part(work, work.text(thinking=False), work.text(thinking=True))
+    if work.call is not None:
+        part["message"] |= _ollama_calls(work)["message"]
     return {"model": work.model, "created_at": _now(), **part, **_ollama_done(work)}
 
 
@@ -343,6 +405,8 @@ def _ollama_events(work: Work) -> Iterator[tuple[Json, int]]:
     for _, count, thinking, text in work.pieces():
         part = _ollama_part(work, "", text) if thinking else _ollama_part(work, text, "")
         yield {**head, **part, "done": False}, count
+    if work.call is not None:  # in one piece, once it is parsed
+        yield {**head, **_ollama_calls(work), "done": False}, work.tokens - work.thought
     yield {**head, **_ollama_part(work, "", ""), **_ollama_done(work)}, 0
 
 
@@ -367,7 +431,7 @@ def _usage(work: Work, written: int) -> Json:
     if work.flavour in ("openai", "cumulative"):
         thought = min(says.reasoning_tokens, written)
         usage["completion_tokens_details"] = {"reasoning_tokens": thought}
-    return {"usage": _told(usage, says)}
+    return {"usage": told(usage, says)}
 
 
 def _timings(work: Work) -> Json:
@@ -385,7 +449,7 @@ def _timings(work: Work) -> Json:
         "predicted_per_token_ms": 10.0,
         "predicted_per_second": 100.0,
     }
-    return {"timings": _told(timings, work.says)}
+    return {"timings": told(timings, work.says)}
 
 
 def _v1_head(work: Work, *, chunk: bool) -> Json:
@@ -408,11 +472,32 @@ def _thinking_field(work: Work) -> str:
 def _v1_answer(work: Work) -> Json:
     text, thinking = work.text(thinking=False), work.text(thinking=True)
     thought = {_thinking_field(work): thinking} if thinking else {}
-    message = {"message": {"role": "assistant", "content": text, **thought}}
+    calls = {"tool_calls": [_v1_call(work, work.called())]} if work.call else {}
+    message = {"message": {"role": "assistant", "content": text, **thought, **calls}}
     said = message if work.kind == "v1/chat" else {"text": text}
     choices = [{"index": n, **said, "finish_reason": work.reason} for n in range(work.choices)]
     usage = {} if work.flavour == "bare" else _usage(work, work.emitted)
     return {**_v1_head(work, chunk=False), "choices": choices, **usage, **_timings(work)}
+
+
+def _v1_call(work: Work, arguments: str, *, begins: bool = True) -> Json:
+    """A call, or a later part of one: that has nothing but arguments."""
+    assert work.call is not None
+    if not begins:
+        return {"index": 0, "function": {"arguments": arguments}}
+    function = {"name": work.call.name, "arguments": arguments}
+    return {"index": 0, "id": work.call.id, "type": "function", "function": function}
+
+
+def _v1_call_events(work: Work) -> Iterator[tuple[int, int, Json]]:
+    """(choice, tokens, delta): whole from Ollama, as it is written from the others."""
+    if work.flavour == "ollama":
+        yield 0, work.tokens - work.thought, {"tool_calls": [_v1_call(work, work.called())]}
+        return
+    begun = set[int]()
+    for choice, count, text in work.call_pieces():
+        yield choice, count, {"tool_calls": [_v1_call(work, text, begins=choice not in begun)]}
+        begun.add(choice)
 
 
 def _v1_choice(work: Work, choice: int, said: Json, reason: str | None = None) -> Json:
@@ -444,6 +529,9 @@ def _v1_events(work: Work) -> Iterator[tuple[Json, int]]:
         written += count
         said = {_thinking_field(work) if thinking else "content": text}
         yield chunk([_v1_choice(work, choice, said)]), count
+    for choice, count, said in _v1_call_events(work) if work.call is not None else ():
+        written += count
+        yield chunk([_v1_choice(work, choice, said)]), count
     timings = {} if work.include_usage else _timings(work)
     for choice in every:
         yield chunk([_v1_choice(work, choice, {}, work.reason)], **timings), 0
@@ -453,9 +541,23 @@ def _v1_events(work: Work) -> Iterator[tuple[Json, int]]:
 
 # --- errors ---
 
+_ANTHROPIC_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
 
 def error(path: str, flavour: Flavour, status: int, message: str) -> Json:
     """An error in the shape that this server uses on this path."""
+    if path.startswith("/v1/messages") and flavour != "llamacpp":
+        kind = _ANTHROPIC_KINDS.get(status, "api_error")
+        told = {"type": kind, "message": message}
+        return {"type": "error", "error": told, "request_id": "req_standin"}
     if flavour == "ollama":
         if path.startswith("/api/"):
             return {"error": message}
@@ -472,7 +574,7 @@ def error(path: str, flavour: Flavour, status: int, message: str) -> Json:
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
-def error_event(path: str, work: Work) -> Json:
+def error_event(work: Work) -> Json:
     """
     An error in the middle of a stream.
 
@@ -480,4 +582,5 @@ def error_event(path: str, work: Work) -> Json:
     """
     if work.flavour == "ollama" and work.kind.startswith("v1/"):
         return {**_v1_head(work, chunk=True), "choices": [_v1_choice(work, 0, {})]}
+    path = "/v1/" if work.kind.startswith("v1/") else "/api/"
     return error(path, work.flavour, 500, work.says.error)

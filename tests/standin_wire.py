@@ -1,9 +1,10 @@
 """HTTP/1.1 for the stand-in: what was written is with the kernel, and a hang-up is noticed."""
 
 import asyncio
+import hashlib
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 
@@ -22,6 +23,10 @@ class Request:
     headers: list[tuple[str, str]]
     body: bytes
     keep_alive: bool
+    received: int = 0
+    """Bytes of the body; those of a blob are not kept."""
+    sha256: str = ""
+    """Of a blob."""
 
     @property
     def path(self) -> str:
@@ -160,16 +165,34 @@ class Connection(asyncio.Protocol):
             request.keep_alive = False
         if request.get("expect").lower() == "100-continue":
             await self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.body = await self._read_body(request)
+        if request.path.startswith("/api/blobs/"):
+            digest = hashlib.sha256()
+            async for piece in self._pieces(request):
+                digest.update(piece)
+                request.received += len(piece)
+            request.sha256 = digest.hexdigest()
+        else:
+            request.body = b"".join([piece async for piece in self._pieces(request)])
+            request.received = len(request.body)
         return request
 
-    async def _read_body(self, request: Request) -> bytes:
+    async def _pieces(self, request: Request) -> AsyncIterator[bytes]:
+        """The body, as it comes."""
         if "chunked" not in request.get("transfer-encoding").lower():
-            return await self._exactly(int(request.get("content-length") or 0))
-        body = bytearray()
+            async for piece in self._some(int(request.get("content-length") or 0)):
+                yield piece
+            return
         while size := int((await self._until(b"\r\n")).partition(b";")[0], 16):
-            body += await self._exactly(size)
+            async for piece in self._some(size):
+                yield piece
             await self._exactly(2)
         while await self._until(b"\r\n") != b"\r\n":
             pass  # trailers
-        return bytes(body)
+
+    async def _some(self, size: int) -> AsyncIterator[bytes]:
+        while size:
+            while not self._buffer:
+                await self.happening()
+            piece = self._take(size)
+            size -= len(piece)
+            yield piece

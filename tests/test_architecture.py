@@ -123,10 +123,10 @@ def test_lua_uses_the_namespaces_of_the_contract() -> None:
         for name, values in re.findall(r"local ((?:NS|TEXT|AUTHZ)[A-Z, ]*) = ([^\n]+)", text)
     }
     assert given == {
-        "TEXT": {contract.TEXT},
-        "AUTHZ": {contract.AUTHZ},
+        "NS": {contract.LUA},
+        "NS, TEXT": {contract.LUA, contract.TEXT},
         "NS, AUTHZ": {contract.LUA, contract.AUTHZ},
-        "NS, AUTHZ, RATELIMIT": {contract.LUA, contract.AUTHZ, contract.RATELIMIT},
+        "AUTHZ, RATELIMIT": {contract.AUTHZ, contract.RATELIMIT},
     }
     others = r"(?:metadata|dynamicMetadata\(\)):[gs]et\((?!NS\b|TEXT\b|AUTHZ\b|RATELIMIT\b)([^,)]+)"
     assert names(others) == set()

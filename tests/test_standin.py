@@ -1,13 +1,16 @@
 """The stand-in answers as the real servers do, misbehaves when told to, and counts its tokens."""
 
+import base64
+import contextlib
 import gzip
+import hashlib
 import json
 import socket
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import ollama
@@ -262,6 +265,297 @@ class TestOllamaServer:
         assert upstream.last().emitted == 7
         http.post("/v1/chat/completions", json={**CHAT, "max_tokens": 2})
         assert upstream.last().emitted == 2
+
+
+TOOL = {
+    "name": "weather",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+    },
+}
+CALLED = {"city": "w0", "days": 1}
+PIXEL = base64.b64encode(b"a picture").decode()
+
+
+def typed_events(text: str) -> list[Any]:
+    """The events of a stream in which each says its own name."""
+    blocks = [block.split("\n") for block in text.strip().split("\n\n")]
+    found = [json.loads(lines[-1].removeprefix("data: ")) for lines in blocks]
+    assert [lines[0] for lines in blocks] == [f"event: {event['type']}" for event in found]
+    return found
+
+
+class TestResponses:
+    def test_sdk(self, sdk: openai.OpenAI, upstream: StandIn) -> None:
+        answer = sdk.responses.create(model="smollm2", input="hello")
+        assert answer.output_text == "w0 w1 w2 w3 w4 w5 w6 "
+        assert answer.usage is not None
+        assert (answer.usage.input_tokens, answer.usage.output_tokens) == (11, 7)
+        with sdk.responses.stream(model="smollm2", input="hello") as events:
+            assert "".join(e.delta for e in events if e.type == "response.output_text.delta")
+            assert events.get_final_response().usage == answer.usage
+        assert (upstream.last().emitted, upstream.last().finished) == (7, True)
+
+    @pytest.mark.parametrize("flavour", ["ollama", "llamacpp", "openai"])
+    def test_stream(self, http: httpx.Client, upstream: StandIn, flavour: str) -> None:
+        says = {"flavour": flavour, "tokens": 5, "cached_tokens": 4, "reasoning_tokens": 2}
+        body = {"model": "smollm2", "input": "hello", "stream": True, "max_output_tokens": 4}
+        answer = http.post("/v1/responses", json=body, headers={"x-standin": json.dumps(says)})
+        first, *_, last = typed_events(answer.text)
+        assert first["type"] == "response.created"
+        assert ("model" in first["response"]) == (flavour != "llamacpp")
+        assert last["type"] == f"response.{'incomplete' if flavour == 'openai' else 'completed'}"
+        usage = last["response"]["usage"]
+        assert (usage["input_tokens"], usage["output_tokens"]) == (11, 4)
+        assert usage["input_tokens_details"]["cached_tokens"] == (0 if flavour == "ollama" else 4)
+        assert upstream.last().emitted == 4
+
+    def test_tool(self, sdk: openai.OpenAI) -> None:
+        tool: Any = {"type": "function", **TOOL}
+        for streamed in (False, True):
+            if streamed:
+                with sdk.responses.stream(model="smollm2", input="x", tools=[tool]) as events:
+                    answer: Any = events.get_final_response()
+            else:
+                answer = sdk.responses.create(model="smollm2", input="x", tools=[tool])
+            (called,) = answer.output
+            assert (called.name, json.loads(called.arguments)) == ("weather", CALLED)
+
+    @pytest.mark.parametrize(
+        ("flavour", "ends"),
+        [("ollama", "response.content_part.added"), ("llamacpp", None), ("openai", "error")],
+    )
+    def test_error_in_the_middle(self, http: httpx.Client, flavour: str, ends: str | None) -> None:
+        says = {"flavour": flavour, "error_after": 4, "error": "no memory"}
+        body = {"model": "smollm2", "input": "hello", "stream": True}
+        text = http.post("/v1/responses", json=body, headers={"x-standin": json.dumps(says)}).text
+        last = json.loads(text.strip().splitlines()[-1].removeprefix("data: "))
+        assert last.get("type") == ends
+        assert ("no memory" in text) == (flavour != "ollama")
+
+
+def counts(**tokens: int) -> dict[str, int]:
+    return {f"{name}_tokens": count for name, count in tokens.items()}
+
+
+class TestMessages:
+    BODY: ClassVar = {"model": "smollm2", "messages": HELLO, "max_tokens": 4}
+
+    @pytest.mark.parametrize(
+        ("flavour", "first", "last"),
+        [
+            ("ollama", counts(input=5, output=0), counts(input=11, output=4)),
+            ("llamacpp", counts(input=8, cache_read_input=3, output=0), counts(output=4)),
+            (
+                "openai",
+                counts(input=8, cache_read_input=3, cache_creation_input=0, output=1),
+                counts(output=4),
+            ),
+            ("bare", None, None),
+        ],
+    )
+    def test_usage(
+        self, http: httpx.Client, upstream: StandIn, flavour: str, first: Any, last: Any
+    ) -> None:
+        headers = {"x-standin": json.dumps({"flavour": flavour, "cached_tokens": 3})}
+        answer = http.post("/v1/messages", json={**self.BODY, "stream": True}, headers=headers)
+        events = typed_events(answer.text)
+        assert events[0]["message"].get("usage") == first
+        assert events[-2].get("usage") == last
+        assert events[-2]["delta"]["stop_reason"] == "max_tokens"
+        assert events[-1] == {"type": "message_stop"}
+        assert upstream.last().emitted == 4
+        whole = http.post("/v1/messages", json=self.BODY, headers=headers).json()
+        assert whole["content"] == [{"type": "text", "text": "w0 w1 w2 w3 "}]
+        assert whole.get("usage", {}).get("output_tokens") == (4 if first else None)
+
+    def test_thinking_and_tool(self, http: httpx.Client, upstream: StandIn) -> None:
+        tools = [{"name": "weather", "input_schema": TOOL["parameters"]}]
+        body = {**self.BODY, "max_tokens": 50, "tools": tools}
+        headers = {"x-standin": '{"reasoning_tokens": 2}'}
+        blocks = http.post("/v1/messages", json=body, headers=headers).json()["content"]
+        assert [block["type"] for block in blocks] == ["thinking", "tool_use"]
+        assert blocks[1]["input"] == CALLED
+        events = typed_events(
+            http.post("/v1/messages", json={**body, "stream": True}, headers=headers).text
+        )
+        deltas = [e["delta"] for e in events if e["type"] == "content_block_delta"]
+        assert json.loads("".join(d.get("partial_json", "") for d in deltas)) == CALLED
+        assert events[-2]["delta"]["stop_reason"] == "tool_use"
+        assert upstream.last().emitted == 7
+
+    def test_refusals(self, http: httpx.Client) -> None:
+        def refused(**more: Any) -> tuple[int, str, str]:
+            body = {name: value for name, value in {**self.BODY, **more}.items() if value}
+            answer = http.post("/v1/messages", json=body)
+            told = answer.json()
+            assert told["type"] == "error"
+            return answer.status_code, told["error"]["type"], told["error"]["message"]
+
+        wrong = (400, "invalid_request_error")
+        assert refused(model="nope") == (404, "not_found_error", "model 'nope' not found")
+        assert refused(model=None) == (*wrong, "model is required")
+        assert refused(max_tokens=0) == (*wrong, "max_tokens is required and must be positive")
+        assert refused(messages=None) == (*wrong, "messages is required")
+
+    def test_tokens_are_counted_but_not_by_ollama(self, http: httpx.Client) -> None:
+        path = "/v1/messages/count_tokens"
+        assert http.post(path, json=self.BODY).status_code == 404
+        answer = http.post(path, json=self.BODY, headers={"x-standin": '{"flavour":"llamacpp"}'})
+        assert answer.json() == {"input_tokens": 11}
+
+    def test_cut_before_and_after_the_end_is_told(
+        self, http: httpx.Client, upstream: StandIn
+    ) -> None:
+        body = json.dumps({**self.BODY, "stream": True}).encode()
+        whole = len(typed_events(http.post("/v1/messages", content=body).text))
+        for after, told in ((whole - 1, False), (whole, True)):
+            upstream.next(Behaviour(cut_after=after))
+            with (
+                contextlib.closing(raw_call(upstream, body, "/v1/messages")) as connection,
+                connection.makefile("rb") as file,
+            ):
+                got = file.read()
+            assert not got.endswith(b"0\r\n\r\n")
+            assert (b"message_stop" in got) == told
+            assert not upstream.last().finished
+
+
+class TestAsked:
+    """Tools, JSON and images."""
+
+    @pytest.mark.parametrize("flavour", ["ollama", "llamacpp", "openai"])
+    def test_a_tool_is_called_in_every_chat(
+        self, http: httpx.Client, upstream: StandIn, flavour: str
+    ) -> None:
+        headers = {"x-standin": json.dumps({"flavour": flavour})}
+        body = {**CHAT, "tools": [{"type": "function", "function": TOOL}]}
+        choice = http.post("/v1/chat/completions", json=body, headers=headers).json()["choices"][0]
+        assert choice["finish_reason"] == "tool_calls"
+        (called,) = choice["message"]["tool_calls"]
+        assert json.loads(called["function"]["arguments"]) == CALLED
+        events = sse(http.post(
+            "/v1/chat/completions", json={**body, "stream": True}, headers=headers
+        ).text)  # fmt: skip
+        parts = [c["delta"].get("tool_calls") for e in events for c in e["choices"]]
+        named = [part[0]["function"] for part in parts if part]
+        assert [f["name"] for f in named if "name" in f] == ["weather"]
+        assert json.loads("".join(f["arguments"] for f in named)) == CALLED
+        assert (len(named) == 1) == (flavour == "ollama")
+        assert upstream.last().emitted == 7
+
+    def test_ollama_calls_with_an_object(self, native: ollama.Client) -> None:
+        tools = [{"type": "function", "function": TOOL}]
+        answer = native.chat("smollm2", HELLO, tools=tools)
+        assert answer.message.tool_calls is not None
+        assert answer.message.tool_calls[0].function.arguments == CALLED
+        parts = list(native.chat("smollm2", HELLO, tools=tools, stream=True))
+        assert [bool(part.message.tool_calls) for part in parts] == [True, False]
+        told: Any = [*HELLO, answer.message, {"role": "tool", "content": "sun"}]
+        assert native.chat("smollm2", told, tools=tools).message.content == "w0 w1 w2 w3 w4 w5 w6 "
+
+    @pytest.mark.parametrize(
+        ("path", "asks"),
+        [
+            ("/api/chat", {"format": "json"}),
+            ("/api/chat", {"format": {"type": "object"}}),
+            ("/api/generate", {"format": "json", "prompt": "x"}),
+            ("/v1/chat/completions", {"response_format": {"type": "json_object"}}),
+            ("/v1/responses", {"input": "x", "text": {"format": {"type": "json_schema"}}}),
+        ],
+    )
+    def test_json(self, http: httpx.Client, path: str, asks: Any) -> None:
+        told = http.post(path, json={**CHAT, "stream": False, **asks}).text
+        assert '{\\"words\\": \\"w0 w1 w2 w3 w4 w5 w6 \\"}' in told
+
+    @pytest.mark.parametrize(
+        ("path", "more"),
+        [
+            ("/api/generate", {"prompt": "x", "images": [PIXEL]}),
+            ("/api/chat", {"messages": [{"role": "user", "content": "x", "images": [PIXEL]}]}),
+            (
+                "/v1/chat/completions",
+                {"messages": [{"role": "user", "content": [
+                    {"type": "text", "text": "x"},
+                    {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PIXEL}"}},
+                ]}]},
+            ),
+            (
+                "/v1/responses",
+                {"input": [{"role": "user", "content": [
+                    {"type": "input_image", "image_url": f"data:image/png;base64,{PIXEL}"},
+                ]}]},
+            ),
+            (
+                "/v1/messages",
+                {"max_tokens": 9, "messages": [{"role": "user", "content": [
+                    {"type": "image", "source": {"type": "base64", "data": PIXEL}},
+                ]}]},
+            ),
+        ],
+    )  # fmt: skip
+    def test_images(self, http: httpx.Client, upstream: StandIn, path: str, more: Any) -> None:
+        body = {"model": "smollm2", "stream": False, **more}
+        assert http.post(path, json=body).status_code == 200
+        assert upstream.last().images == 1
+        broken = json.dumps(body).replace(PIXEL, "*")
+        assert http.post(path, content=broken).status_code == 400
+
+    def test_embeddings_in_all_forms(self, http: httpx.Client, sdk: openai.OpenAI) -> None:
+        def count(text: Any, flavour: str) -> int:
+            answer = http.post(
+                "/v1/embeddings",
+                json={"model": "smollm2", "input": text},
+                headers={"x-standin": json.dumps({"flavour": flavour})},
+            )
+            return len(answer.json()["data"]) if answer.status_code == 200 else 0
+
+        texts = ["a", ["a", "b"], [1, 2, 3], [[1], [2]]]
+        assert [count(text, "ollama") for text in texts] == [1, 2, 0, 0]
+        assert [count(text, "openai") for text in texts] == [1, 2, 1, 2]
+        short = sdk.embeddings.create(model="smollm2", input="a", dimensions=2)
+        assert short.data[0].embedding == [0.125, 0.25]
+
+    def test_one_model(self, http: httpx.Client, sdk: openai.OpenAI) -> None:
+        assert sdk.models.retrieve("smollm2").id == "smollm2"
+        with pytest.raises(openai.NotFoundError, match="model 'nope' not found"):
+            sdk.models.retrieve("nope")
+        as_llama = {"x-standin": '{"flavour":"llamacpp"}'}
+        assert http.get("/v1/models/smollm2", headers=as_llama).status_code == 404
+
+    def test_heads_and_status(self, http: httpx.Client) -> None:
+        told = {
+            path: http.head(path).status_code
+            for path in ("/", "/api/tags", "/api/ps", "/v1/models")
+        }
+        assert told == {"/": 200, "/api/tags": 200, "/api/ps": 405, "/v1/models": 405}
+        assert http.head("/v1/models", headers={"x-standin": '{"flavour":"llamacpp"}'}).is_success
+        assert http.get("/api/status").json() == {"cloud": {"disabled": True, "source": "env"}}
+
+    def test_blobs(self, http: httpx.Client, upstream: StandIn) -> None:
+        content = b"weights" * 100_000
+        path = f"/api/blobs/sha256:{hashlib.sha256(content).hexdigest()}"
+        assert http.head(path).status_code == 404
+        assert http.post(path, content=b"others").status_code == 400
+        assert http.post(path, content=iter([content[:9], content[9:]])).status_code == 201
+        assert (upstream.last().received, upstream.last().body) == (700_000, b"")
+        assert (http.head(path).status_code, http.post(path, content=content).status_code) == (
+            200,
+            200,
+        )
+
+    def test_progress(self, native: ollama.Client) -> None:
+        assert native.push("smollm2", stream=False).status == "success"
+        told = [part.status or "" for part in native.push("smollm2", stream=True)]
+        assert [told[0], told[1], told[-1]] == [
+            "retrieving manifest",
+            "pushing abababababab",
+            "success",
+        ]
+        made = [part.status or "" for part in native.create("made", from_="smollm2", stream=True)]
+        assert made[1].startswith("using existing layer sha256:")
+        assert native.chat("made", HELLO).done
 
 
 class TestFlavours:

@@ -8,7 +8,6 @@ import re
 from base64 import b64decode
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.resources import files
 
 from parallama.finished import MOST, Finished
 
@@ -63,6 +62,8 @@ def o200k_base() -> Count:
 
     Raises what a broken installation raises.
     """
+    from importlib.resources import files
+
     import tiktoken
 
     packed = files("usage_sink").joinpath("vocabulary", "o200k_base.tiktoken.gz")

@@ -55,15 +55,18 @@ _KINDS = {
         (c.KNOWN_AT, _NUMBER),
     ),
     c.LUA: (
-        *((name, _TEXT) for name in (c.MODEL, c.RESPONSE_MODEL, c.USAGE_SOURCE)),
+        *((name, _TEXT) for name in (c.MODEL, c.REQUESTED_MODEL, c.RESPONSE_MODEL, c.USAGE_SOURCE)),
         *(
             (name, _NUMBER)
             for name in (
-                c.PROMPT_TOKENS, c.COMPLETION_TOKENS, c.CACHED_TOKENS, c.TOTAL_TOKENS,
-                c.COMPUTE_MS, c.FIRST_TOKEN_AT,
+                c.PROMPT_TOKENS, c.COMPLETION_TOKENS, c.CACHED_TOKENS, c.REASONING_TOKENS,
+                c.TOTAL_TOKENS, c.COMPUTE_MS, c.FIRST_TOKEN_AT,
             )
         ),
-        *((name, _FLAG) for name in (c.STREAM, c.FINISHED, c.UPSTREAM_ERROR, c.USAGE_ODD)),
+        *(
+            (name, _FLAG)
+            for name in (c.STREAM, c.FINISHED, c.UPSTREAM_ERROR, c.NO_END, c.USAGE_ODD)
+        ),
     ),
     c.RATELIMIT: (
         *((name, _NUMBER) for name in (c.GRANTED, c.TOKENS_LEFT, c.REQUESTS_LEFT)),
@@ -96,6 +99,7 @@ def parse(entry: pb.HTTPAccessLogEntry) -> Finished | None:
         who=_facts(metadata, c.AUTHZ),
         lua=_facts(metadata, c.LUA),
         limits=_facts(metadata, c.RATELIMIT),
+        attempts=common.upstream_request_attempt_count,
     )
 
 

@@ -1,5 +1,5 @@
 -- The text of a request and of its answer, bounded, for usage_sink to count the tokens that no
--- upstream reports. Runs only where authz set `count_text`.
+-- upstream reports. Runs only where authz set `count_text`, of which usage.lua hears by `text_counted`.
 --
 -- Strings pass as they stand between their quotes, escapes and all: whoever counts finds out what
 -- they mean. Between two of them is a line end, which no JSON string has inside. All of it is
@@ -9,7 +9,7 @@
 local scan = require("json_scan")
 local byte, find, sub, concat = string.byte, string.find, string.sub, table.concat
 
-local TEXT = "parallama.text"
+local NS, TEXT = "parallama", "parallama.text"
 local MOST_BYTES = 65536 -- of the request, and of the answer; of what is more only the size is told
 local MOST_STRINGS = 10000 -- in a request; what comes after them counts as one
 local DEEPEST = 8 -- nesting that is looked into; each level is one more pass
@@ -49,8 +49,8 @@ local function look_into(found, s, from, to, depth)
     end)
   elseif c == 123 and depth > 0 then
     scan.object(s, from, function(key, a, b)
-      if key == "arguments" and byte(s, a) == 123 then
-        take(found, s, a, b)
+      if (key == "arguments" or key == "input") and byte(s, a) == 123 then
+        take(found, s, a, b) -- what a tool was called with
       elseif BELOW[key] or key == "arguments" then
         look_into(found, s, a, b, depth - 1)
       end
@@ -69,12 +69,13 @@ local function of_request(found, s)
   end)
 end
 
--- Passes on the text of the request s. `set` writes metadata.
+-- Passes on the text of the request s.
 function M.pass_request(handle, s)
   local found = { pieces = {}, strings = 0, size = 0, more = 0 }
   pcall(of_request, found, s) -- what was found until then is text all the same
-  if found.size == 0 then return end
   local metadata = handle:streamInfo():dynamicMetadata()
+  metadata:set(NS, "text_counted", true)
+  if found.size == 0 then return end
   metadata:set(TEXT, "prompt", handle:base64Escape(concat(found.pieces, "\n")))
   if found.more > 0 then metadata:set(TEXT, "prompt_more", found.more) end
 end
@@ -83,13 +84,14 @@ end
 -- There a text that is complete comes once more, at its end.
 local OPENAI = { '"content"', '"reasoning_content"', '"reasoning"', '"refusal"', '"text"', '"arguments"' }
 local OLLAMA = { '"content"', '"thinking"', '"response"', '"arguments"' }
-local ANTHROPIC = { '"text"', '"thinking"', '"partial_json"', '"input"' }
+local ANTHROPIC = { '"text"', '"thinking"', '"input"' }
+local ANTHROPIC_STREAM = { '"text"', '"thinking"', '"partial_json"' }
 local RESPONSES = { '"text"', '"refusal"', '"arguments"' }
 local RESPONSES_STREAM = { '"delta"' }
 
 local function keys_of(authz, is_stream)
   if authz.dialect == "ollama" then return OLLAMA end
-  if authz.endpoint == "/v1/messages" then return ANTHROPIC end
+  if authz.endpoint == "/v1/messages" then return is_stream and ANTHROPIC_STREAM or ANTHROPIC end
   if authz.endpoint == "/v1/responses" then return is_stream and RESPONSES_STREAM or RESPONSES end
   return OPENAI
 end

@@ -18,6 +18,7 @@ from pydantic import (
 from parallama import money
 from parallama.errors import UsageError
 from parallama.limits import ANY, Unit, Window
+from parallama.mappings import LONGEST_NAME
 
 _TIME = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d.*")
 
@@ -295,8 +296,8 @@ class ListedPrice(BaseModel):
 
 class NewMapping(Given):
     gateway: Gateway
-    external_model: Text = Field(description="The name that clients use.")
-    internal_model: Text = Field(description="The model that is meant.")
+    external_model: str = Field(max_length=LONGEST_NAME, description="The name that clients use.")
+    internal_model: str = Field(max_length=LONGEST_NAME, description="The model that is meant.")
 
 
 # Usage
@@ -332,6 +333,11 @@ class UsageRow(BaseModel):
     upstream_host: str | None
     cost: Money | None
     decision: str | None = Field(description="Why it was let in or refused, as JSON.")
+    requested_model: str | None = Field(
+        description="The name that the client sent, where it is mapped to model_name."
+    )
+    attempts: int | None = Field(description="How many servers were asked, where any was.")
+    reasoning_tokens: int | None = Field(description="Those of the completion, if reported.")
 
 
 class UsageSum(BaseModel):

@@ -11,8 +11,6 @@ from typing import Any
 from fastapi import Depends, Request
 from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
-from redis.asyncio import Redis
-from redis.exceptions import RedisError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from parallama import identity
@@ -25,6 +23,7 @@ from parallama.db import Store
 from parallama.db.manage.sessions import Sessions
 from parallama.desk import Actor, Desk
 from parallama.errors import ParallamaError, Unavailable
+from parallama.resp import Redis, RedisError
 from parallama.roles import OWN, Permissions, permissions, permits
 from parallama.signing import KeyFolder
 
@@ -104,14 +103,21 @@ class Visit:
     @property
     def key_id(self) -> str | None:
         """That of the API key that the caller came with."""
-        kind, _, id = self.credential.partition(":")
-        return id if kind == "key" else None
+        return self._id_of(identity.KEY)
 
     @property
     def token_id(self) -> str | None:
-        """That (`jti`) of the access token that the caller came with."""
-        kind, _, id = self.credential.partition(":")
-        return id if kind == "token" else None
+        """That (`jti`) of the access token of ours that the caller came with."""
+        return self._id_of(identity.TOKEN)
+
+    @property
+    def outside_token(self) -> bool:
+        """Whether the caller came with a token of another issuer."""
+        return self._id_of(identity.OUTSIDE) is not None
+
+    def _id_of(self, kind: str) -> str | None:
+        came_with, _, id = self.credential.partition(":")
+        return id if came_with == kind else None
 
     def reaches(self, user_id: str | None) -> bool:
         """Whether things of this user are meant."""

@@ -71,9 +71,8 @@ def operator() -> manage.Actor:
 async def _tell(config: "Config", changes: list["Change"]) -> None:
     if config.redis.embedded and not running.is_up(config.state_dir):
         return  # nobody to tell, and whoever starts later reads the database
-    from redis.exceptions import RedisError
-
     from parallama.changes import publish
+    from parallama.resp import RedisError
     from parallama.stores import connect_redis
 
     try:

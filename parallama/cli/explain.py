@@ -39,6 +39,8 @@ class _Call:
     model: str | None
     max_tokens: int | None
     body_bytes: int
+    requested: str | None = None
+    """What `model` was called, where that name is mapped."""
 
 
 def explain(
@@ -120,7 +122,28 @@ async def _of_call(
         key = await find_key(store, found.public_id, roles=desk.roles)
         if key is None:
             raise NotFound(f"there is no key {which!r} any more")
+        call = await _as_meant(desk, store, call, route)
         return await _decided(desk, store, key, call, route)
+
+
+async def _as_meant(desk: Desk, store: "Store", call: _Call, route: "Route") -> _Call:
+    """With the model that its name means, as Envoy passes it on."""
+    from parallama import mappings
+    from parallama.db.mappings import mappings_of
+    from parallama.endpoints import Action, find_endpoint
+
+    asked = _asked(call, route)
+    endpoint = find_endpoint(asked.method, asked.path)
+    if endpoint is None or not endpoint.follows_mappings:
+        return call
+    told = desk.config.api_gateways
+    if call.model is None:
+        default = told.default_models.get(asked.gateway)
+        return replace(call, model=default) if endpoint.action is Action.INFER else call
+    stored = (await mappings_of(store)).get(asked.gateway, {})
+    table = mappings.merged(told.model_mappings.get(asked.gateway, {}), stored)
+    target = mappings.target_of(table, call.model)
+    return call if target is None else replace(call, model=target, requested=call.model)
 
 
 async def _decided(
@@ -131,7 +154,7 @@ async def _decided(
 
     asked = _asked(call, route)
     decision = _judge(desk, asked, key, call)
-    told = _identity(desk, asked, key)
+    told = _identity(desk, asked, key) | {"model": call.model, "requested_model": call.requested}
     if isinstance(decision, Deny):
         return told | _refusal(
             decision.status, decision.rule or decision.code, decision.message
@@ -158,7 +181,8 @@ def _judge(desk: Desk, asked: "Asked", key: "KeyRecord", call: _Call) -> "Allow 
     if key.kind == "ssh":
         decision = told(decision)
     if isinstance(decision, Allow) and decision.models and decision.endpoint.names_model:
-        return judge_model(ModelAsked(asked.dialect, decision.models, call.model)) or decision
+        of_model = ModelAsked(asked.dialect, decision.models, call.model, requested=call.requested)
+        return judge_model(of_model) or decision
     return decision
 
 

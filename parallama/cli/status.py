@@ -2,6 +2,7 @@
 
 import asyncio
 import http.client
+import json
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -16,12 +17,21 @@ if TYPE_CHECKING:
     from parallama.config import Config
 
 _HEALTH_SECONDS = 3
+_GATEWAY_SECONDS = 5
+_LARGEST_PAGE = 8 << 20
 
 
 def status(config: ConfigPath = None, output: OutputFormat = Output.TABLE) -> None:
-    """Show whether it runs, answers and finds its stores. Exit code 1 unless all of that is so."""
+    """
+    Show whether it runs, answers, and finds its stores and the model servers, and what it offers.
+
+    Exit code 1 unless all of that is so.
+    """
     loaded = load_config(config)
     found = asyncio.run(_look(loaded))
+    gateways = found["gateways"]
+    if output is Output.TABLE and isinstance(gateways, list):
+        found["gateways"] = [_in_words(each) for each in gateways]
     show(found, output)
     if not found["ok"]:
         raise typer.Exit(1)
@@ -35,6 +45,8 @@ async def _look(config: "Config") -> dict[str, Any]:
     children = running.children(config.run_dir) if pid is not None else {}
     well = [pid is not None, health == "ok", database == "ok", redis == "ok"]
     well += [child["state"] == "serving" for child in children.values()]
+    gateways = await _gateways(config)
+    well += [isinstance(gateways, list) and all(map(_is_well, gateways))]
     trail, has_room = _trail(config)
     well.append(has_room)
     return {
@@ -48,6 +60,7 @@ async def _look(config: "Config") -> dict[str, Any]:
         **counts,
         "trail": trail,
         "children": [_told(name, child) for name, child in children.items()],
+        "gateways": gateways,
     }
 
 
@@ -71,6 +84,35 @@ def _health(config: "Config") -> str:
         connection.close()
 
 
+async def _gateways(config: "Config") -> list[dict[str, Any]] | str:
+    """What /gateway/discovery says, for operators; or why nobody says it."""
+    from parallama.admin.catalog.asking import Unanswered, ask
+    from parallama.admin.catalog.discovery import STATUS
+    from parallama.stores import socket_path
+
+    try:
+        at = socket_path(config.run_dir / "admin.sock")
+        told = await ask(at, "GET", STATUS, seconds=_GATEWAY_SECONDS, largest=_LARGEST_PAGE)
+        return list(json.loads(told.body)["gateways"])
+    except (Unanswered, ParallamaError, ValueError, LookupError, TypeError) as error:
+        return f"not known: {error}"
+
+
+def _in_words(gateway: dict[str, Any]) -> str:
+    health, cache = gateway["health"], gateway["cache"]
+    facts = [f"{len(gateway['models'])} models"]
+    if cache["age"] is not None:
+        facts.append(f"asked {cache['age']} s ago")
+    if health["trouble"]:
+        facts.append(health["trouble"])
+    facts += [f"{host} away" for host in health["away"]]
+    return f"{gateway['name']} {health['status']} ({', '.join(facts)})"
+
+
+def _is_well(gateway: dict[str, Any]) -> bool:
+    return bool(gateway["health"]["status"] == "well")
+
+
 async def _database(config: "Config") -> tuple[str, dict[str, Any]]:
     from parallama.db.manage import people, usage
     from parallama.db.manage.schema import managed
@@ -85,8 +127,7 @@ async def _database(config: "Config") -> tuple[str, dict[str, Any]]:
 
 
 async def _redis(config: "Config") -> str:
-    from redis.exceptions import RedisError
-
+    from parallama.resp import RedisError
     from parallama.stores import connect_redis
 
     try:

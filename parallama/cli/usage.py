@@ -31,8 +31,9 @@ app = typer.Typer(name="usage", help="What was used.", no_args_is_help=True)
 
 _TABLE_ROWS = 50
 _COLUMNS = (
-    "timestamp", "user", "gateway", "endpoint", "model_name", "prompt_tokens", "completion_tokens",
-    "token_source", "status_code", "aborted", "request_duration", "time_to_first_token", "cost",
+    "timestamp", "user", "gateway", "endpoint", "model_name", "requested_model",
+    "prompt_tokens", "completion_tokens", "token_source", "status_code", "aborted",
+    "request_duration", "time_to_first_token", "cost",
 )  # fmt: skip
 _SUMS = (
     "requests", "errors", "aborted", "prompt_tokens", "completion_tokens", "tokens_used", "cost",

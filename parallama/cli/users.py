@@ -156,6 +156,33 @@ def set_password(
     show(_row(run(config, work)), output)
 
 
+@app.command()
+def unlock(
+    user: UserArgument, config: ConfigPath = None, output: OutputFormat = Output.TABLE
+) -> None:
+    """
+    Let a user log in at once, who has to wait for wrong passwords.
+
+    Where it is the address that has to wait, it goes on to.
+    """
+
+    async def work(desk: Desk) -> "User":
+        from contextlib import aclosing
+
+        from parallama.db.manage import sessions
+        from parallama.lockout import Lockout
+        from parallama.stores import connect_redis
+
+        told, timeout = desk.config.authentication, desk.config.redis.timeout_seconds
+        async with (
+            connect_redis(desk.config) as redis,
+            aclosing(Lockout(redis, told, timeout=timeout)) as lockout,
+        ):
+            return await sessions.unlock(desk, user, lockout)
+
+    show(_row(run(config, work)), output)
+
+
 @app.command("log-out")
 def log_out(
     user: UserArgument, config: ConfigPath = None, output: OutputFormat = Output.TABLE

@@ -6,15 +6,12 @@ from asyncio import Future, gather
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import sha1
-from importlib.resources import files
 from operator import attrgetter
 from urllib.parse import quote
 
-from redis.asyncio import Redis
-
 from parallama.limits import Limit, Unit
 from parallama.pipeline import Pipeline, Script
+from parallama.resp import Redis
 from parallama.usage import Spent
 
 SHARDS = 64
@@ -52,10 +49,7 @@ local NO_ROOM_KEPT = {_NO_ROOM_SECONDS}
 
 
 def _script(name: str) -> Script:
-    folder = files("parallama.counters")
-    text = "".join(folder.joinpath(file).read_text() for file in ("common.lua", name))
-    text = _TIMES + text
-    return Script(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
+    return Script.load("parallama.counters", "common.lua", name, head=_TIMES)
 
 
 _RESERVE, _SETTLE, _CLOSE = map(_script, ("reserve.lua", "settle.lua", "close.lua"))
@@ -263,7 +257,10 @@ class Counters:
         told of it dies. No two processes are told of one at the same time.
         """
         args = [int(now), _MOST_AT_ONCE, max(1, self._lease // 2)]
-        shards = [self._scripts.run(_EXPIRE, [_open(shard)], args) for shard in range(SHARDS)]
+        shards = [
+            self._scripts.run(_EXPIRE, [_open(shard)], args, patient=True)
+            for shard in range(SHARDS)
+        ]
         lost = []
         for found in await gather(*shards):
             for facts, tokens, row in zip(found[::3], found[1::3], found[2::3], strict=True):
@@ -283,7 +280,10 @@ class Counters:
     async def overdue(self, before: float) -> int:
         """How many calls are open whose lease ended before this."""
         args = [int(before)]
-        shards = [self._scripts.run(_OVERDUE, [_open(shard)], args) for shard in range(SHARDS)]
+        shards = [
+            self._scripts.run(_OVERDUE, [_open(shard)], args, patient=True)
+            for shard in range(SHARDS)
+        ]
         return sum(await gather(*shards))
 
     async def begin(self, user: str, now: float) -> str:

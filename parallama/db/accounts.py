@@ -106,6 +106,8 @@ class TokenRecord(Credential):
     kind: str = "token"
     issuer: str
     issued_at: float = 0.0
+    outside: bool = False
+    """Whether another issuer than we signed it: then its session is not ours to end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,7 +33,10 @@ _TYPES = {
     "id": "uuid",
     "timestamp": "timestamptz",
     **dict.fromkeys(
-        ("prompt_tokens", "completion_tokens", "cached_tokens", "tokens_used", "status_code"),
+        (
+            *("prompt_tokens", "completion_tokens", "cached_tokens", "tokens_used"),
+            *("status_code", "attempts", "reasoning_tokens"),
+        ),
         "bigint",
     ),
     **dict.fromkeys(("streamed", "finished", "aborted"), "boolean"),

@@ -2,7 +2,7 @@
 
 from parallama.errors import SchemaError
 
-REVISIONS = ("0001", "0002", "0003")
+REVISIONS = ("0001", "0002", "0003", "0004")
 HEAD = REVISIONS[-1]
 
 

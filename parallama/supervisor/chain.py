@@ -55,9 +55,8 @@ class Chain:
             with folder.writing(config.state_dir):
                 valkey = children.valkey(config)
             await self._start([valkey])
-        needed, beside = children.services(config)
-        await self._start([*needed, *model])
-        await asyncio.gather(self._start(beside), self._start_envoy())
+        await self._start([*children.services(config), *model])
+        await self._start_envoy()
 
     async def _start_envoy(self) -> None:
         """The last of what has to serve before a request comes in."""

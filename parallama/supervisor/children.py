@@ -21,14 +21,13 @@ SERVICES = ("authz", "ratelimit", "usage_sink", "admin")
 
 _MODULES = {"admin": "parallama.admin"}
 
-# gRPC and bcrypt use threads; one memory arena for each of them is wasted on processes this small.
-_LEAN = {"MALLOC_ARENA_MAX": "2", "PYTHONUNBUFFERED": "1"}
+# Threads are few and one works at a time: an arena of memory for each would stay half empty.
+_LEAN = {"MALLOC_ARENA_MAX": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def services(config: Config) -> tuple[list[Command], list[Command]]:
-    """Those that Envoy needs for every request, and those that may come while it serves."""
-    needed = [service(name, config) for name in SERVICES if name != "admin"]
-    return needed, [service("admin", config)] * config.admin.enabled
+def services(config: Config) -> list[Command]:
+    """Those that have to serve before Envoy lets requests in."""
+    return [service(name, config) for name in SERVICES]
 
 
 def service(name: str, config: Config) -> Command:

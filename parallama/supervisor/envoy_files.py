@@ -1,10 +1,9 @@
 """Envoy's files as `up` runs them: the operator's, with the addresses of config.yaml in them."""
 
 import copy
-import ipaddress
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ import yaml
 import parallama
 from parallama.config import Config
 from parallama.errors import ParallamaError
+from parallama.supervisor.envoy_fill import Upstream, fill, gateway, named, socket, typed
 
 _HERE = Path(parallama.__file__).parent
-_HCM = "envoy.filters.network.http_connection_manager"
-_TYPES = "type.googleapis.com/envoy"
-_CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
+_LISTENER = "type.googleapis.com/envoy.config.listener.v3.Listener"
 
 WHOLE = "whole.yaml"
 """All that Envoy is given, in one file: `--mode validate` does not follow envoy.yaml to others."""
@@ -43,22 +41,18 @@ def starting(number: int) -> tuple[str, ...]:
     return (*_STARTING, _LISTENERS.format(number))
 
 
-Upstream = tuple[str, str, int]
-"""Scheme, host and port."""
-
-
 def packaged() -> Path:
     """The Envoy files that come with Parallama: in the package, or beside it in a checkout."""
     inside = _HERE / "share" / "envoy"
     return inside if inside.is_dir() else _HERE.parent / "envoy"
 
 
-def write(config: Config, upstream: Upstream, into: Path, number: int) -> None:
+def write(config: Config, upstreams: Sequence[Upstream], into: Path, number: int) -> None:
     """
     Write all files to `into`, which Envoy does not read: see `place`.
 
-    The addresses in envoy.yaml and clusters.yaml are replaced, and the listeners get a file of
-    their own (see `_move_listeners`); all else stays as the operator wrote it.
+    What is set in config.yaml is filled in, and the listeners get a file of their own (see
+    `_move_listeners`); all else stays as the operator wrote it.
     """
     source = config.envoy.dir or packaged()
     shutil.rmtree(into, ignore_errors=True)
@@ -70,10 +64,8 @@ def write(config: Config, upstream: Upstream, into: Path, number: int) -> None:
     bootstrap, clusters, routes = (
         _read(source / name) for name in ("envoy.yaml", "clusters.yaml", "routes.yaml")
     )
-    (into / "routes.yaml").write_text(_text(source / "routes.yaml"), encoding="utf-8")
     try:
-        _listen(bootstrap, config)
-        _send_to(clusters, upstream)
+        fill(bootstrap, clusters, routes, config=config, upstreams=upstreams)
         whole = _whole(bootstrap, clusters, routes)
         trial = _trial(whole)
         listeners = _move_listeners(bootstrap, _LISTENERS.format(number))
@@ -86,6 +78,7 @@ def write(config: Config, upstream: Upstream, into: Path, number: int) -> None:
         "envoy.yaml": bootstrap,
         _LISTENERS.format(number): listeners,
         "clusters.yaml": clusters,
+        "routes.yaml": routes,
         WHOLE: whole,
         TRIAL: trial,
     }
@@ -174,25 +167,6 @@ def _files(path: Path) -> list[Path]:
     return sorted(path.iterdir()) if path.is_dir() else [path]
 
 
-def _gateway(bootstrap: Any) -> tuple[Any, Any]:
-    """The listener of that name, and its HTTP connection manager."""
-    listener = _named("gateway", bootstrap["static_resources"]["listeners"])
-    return listener, _named(_HCM, listener["filter_chains"][0]["filters"])["typed_config"]
-
-
-def _named(name: str, things: Any) -> Any:
-    found = [thing for thing in things if thing["name"] == name]
-    if not found:
-        raise LookupError(f"nothing is named {name}")
-    return found[0]
-
-
-def _listen(bootstrap: Any, config: Config) -> None:
-    listener, manager = _gateway(bootstrap)
-    listener["address"] = _socket(config.server.host, config.server.port)
-    manager["xff_num_trusted_hops"] = config.server.trusted_hops
-
-
 def _move_listeners(bootstrap: Any, name: str) -> Any:
     """
     Take the listeners out of `bootstrap` into a file that Envoy watches.
@@ -201,12 +175,12 @@ def _move_listeners(bootstrap: Any, name: str) -> Any:
     usage rows of streams that a stop has to cut reach the sink. One that accepts nothing stays
     behind: it keeps the access log, with what waits there, from going with the last of them.
     """
-    _, manager = _gateway(bootstrap)
-    nothing = _typed("extensions.filters.network.direct_response.v3.Config")
+    _, manager = gateway(bootstrap)
+    nothing = typed("extensions.filters.network.direct_response.v3.Config")
     keeper = {
         "name": "keeps-the-access-log",
         "bind_to_port": False,
-        "address": _socket("127.0.0.1", 1),
+        "address": socket("127.0.0.1", 1),
         "access_log": copy.deepcopy(manager.get("access_log", [])),
         "filter_chains": [{"filters": [nothing]}],
     }
@@ -214,8 +188,7 @@ def _move_listeners(bootstrap: Any, name: str) -> Any:
     bootstrap["static_resources"]["listeners"] = [keeper]
     watched = {"path": f"envoy/{name}", "watched_directory": {"path": "envoy"}}
     bootstrap.setdefault("dynamic_resources", {})["lds_config"] = {"path_config_source": watched}
-    kind = {"@type": f"{_TYPES}.config.listener.v3.Listener"}
-    return {"resources": [kind | listener for listener in listeners]}
+    return {"resources": [{"@type": _LISTENER} | listener for listener in listeners]}
 
 
 def _whole(bootstrap: Any, clusters: Any, routes: Any) -> Any:
@@ -223,17 +196,27 @@ def _whole(bootstrap: Any, clusters: Any, routes: Any) -> Any:
     whole = copy.deepcopy(bootstrap)
     whole.pop("dynamic_resources", None)
     whole["static_resources"]["clusters"] += _untyped(clusters)
-    _, manager = _gateway(whole)
-    if (rds := manager.pop("rds", None)) is not None:
-        manager["route_config"] = _named(rds["route_config_name"], _untyped(routes))
-        manager["route_config"]["validate_clusters"] = True
+    for manager in _managers(whole):
+        if (rds := manager.pop("rds", None)) is not None:
+            found = named(rds["route_config_name"], _untyped(routes))
+            manager["route_config"] = found | {"validate_clusters": True}
     return whole
+
+
+def _managers(bootstrap: Any) -> list[Any]:
+    """What is told to those who pass connections on, of every listener."""
+    return [
+        each["typed_config"]
+        for listener in bootstrap["static_resources"]["listeners"]
+        for chain in listener["filter_chains"]
+        for each in chain["filters"]
+    ]
 
 
 def _trial(whole: Any) -> Any:
     trial = copy.deepcopy(whole)
     trial.pop("admin", None)
-    listener, _ = _gateway(trial)
+    listener, _ = gateway(trial)
     listener["address"] = {"pipe": {"path": TRIAL_SOCKET, "mode": 0o600}}
     trial["static_resources"]["listeners"] = [listener]
     return trial
@@ -244,41 +227,3 @@ def _untyped(resources: Any) -> list[Any]:
         {name: value for name, value in resource.items() if name != "@type"}
         for resource in resources["resources"]
     ]
-
-
-def _send_to(clusters: Any, upstream: Upstream) -> None:
-    scheme, host, port = upstream
-    cluster = _named("upstream", clusters["resources"])
-    endpoint = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
-    endpoint["address"] = _socket(host, port)
-    if scheme == "https":
-        cluster["transport_socket"] = _tls(host)
-
-
-def _socket(host: str, port: int) -> dict[str, Any]:
-    return {"socket_address": {"address": host, "port_value": port}}
-
-
-def _tls(host: str) -> dict[str, Any]:
-    """A verified TLS connection to `host`. SSL_CERT_FILE means what it means to OpenSSL."""
-    trusted = {"filename": os.environ.get("SSL_CERT_FILE", _CA_BUNDLE)}
-    kind = "IP_ADDRESS" if _is_address(host) else "DNS"
-    expected = [{"san_type": kind, "matcher": {"exact": host}}]
-    validation = {"trusted_ca": trusted, "match_typed_subject_alt_names": expected}
-    return _typed(
-        "extensions.transport_sockets.tls.v3.UpstreamTlsContext",
-        common_tls_context={"validation_context": validation},
-        **({} if _is_address(host) else {"sni": host}),
-    )
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
-def _typed(kind: str, **fields: Any) -> dict[str, Any]:
-    return {"name": kind, "typed_config": {"@type": f"{_TYPES}.{kind}", **fields}}

@@ -60,11 +60,11 @@ class Envoys:
 
     async def _write(self, config: Config, number: int) -> None:
         """Where no Envoy that runs reads them, and have them checked there."""
-        upstream = config.api_gateways.ollama.upstream()
+        upstreams = config.api_gateways.ollama.upstreams()
         if self.model_port is not None:
-            upstream = ("http", "127.0.0.1", self.model_port)
+            upstreams = [("http", "127.0.0.1", self.model_port)]
         with folder.writing(self._state_dir):
-            envoy_files.write(config, upstream, self._checked, number)
+            envoy_files.write(config, upstreams, self._checked, number)
             _as_if_placed(self._checked.parent)
         await _check(self._checked)
 

@@ -140,7 +140,7 @@ class Caller:
 def configuration(folder: Path, at: Database) -> Config:
     return Config.model_validate(
         {"state_dir": str(folder), "database": at, "authentication": {"password_hash_rounds": 10}},
-        context={"dir": folder, "source": folder / "config.yaml"},
+        folder,
     )
 
 

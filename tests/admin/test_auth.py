@@ -80,6 +80,25 @@ def test_a_key_has_no_session(on_one: Any) -> None:
     on_one(story)
 
 
+def test_a_session_of_another_issuer_is_not_ours_to_end(on_one: Any) -> None:
+    """Above all not one of ours, whose id it bears."""
+
+    async def story(house: House) -> None:
+        user, other = await with_password(house), await with_password(house)
+        theirs = await login(house, other)
+        claims = jwt.decode(theirs["access_token"], options={"verify_signature": False})
+        caller = await house.caller(user, None)
+        caller.headers["x-parallama-credential"] = f"outside:{claims['jti']}"
+        answer = await caller.post("/auth/logout")
+        assert answer.status_code == 422
+        assert "another issuer" in answer.text
+        goes_on = await post(house, "/auth/refresh", {"refresh_token": theirs["refresh_token"]})
+        assert goes_on.status_code == 200
+        assert (await caller.post("/auth/logout", {"everywhere": True})).status_code == 204
+
+    on_one(story)
+
+
 def test_there_is_one_answer_for_whatever_is_wrong(on_one: Any) -> None:
     async def story(house: House) -> None:
         user, off = await with_password(house), await with_password(house)
@@ -117,6 +136,12 @@ def test_who_guesses_waits(on_one: Any) -> None:
         locked = await post(house, "/auth/login", right)
         assert (locked.status_code, locked.json()["code"]) == (429, "too_many_attempts")
         assert int(locked.headers["retry-after"]) >= 1
+        admin = await house.admin()
+        unlocked = await admin.post(f"/admin/v1/users/{user.username}/unlock")
+        assert (unlocked.status_code, unlocked.json()["id"]) == (200, user.id)
+        assert (await post(house, "/auth/login", right)).status_code == 200
+        (entry,) = await admin.every("/admin/v1/audit", action="users.unlock")
+        assert (entry["subject_id"], entry["via"]) == (user.id, "api")
 
     on_one(story)
 

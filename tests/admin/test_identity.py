@@ -7,6 +7,7 @@ from parallama import identity
 from parallama.roles import BUILT_IN, Role
 from tests.examples import examples
 
+PATTERNS = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=50)
 NAMES = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=255)
 
 
@@ -18,6 +19,21 @@ def test_a_name_arrives_as_it_is_and_passes_for_a_header(name: str) -> None:
     )
     assert all(value.isascii() and value.isprintable() for value in told.values())
     assert identity.username(told[identity.USERNAME]) == name
+
+
+@given(st.none() | st.lists(PATTERNS, max_size=3))
+@examples(100)
+def test_the_models_that_may_be_seen_arrive_as_they_are(models: list[str] | None) -> None:
+    told = identity.viewer_headers(
+        endpoint="/api/tags", gateways=["ollama", "openai"], dialect="problem", models=models
+    )
+    assert all(value.isascii() and value.isprintable() for value in told.values())
+    seen = identity.viewer(told)
+    assert seen is not None
+    assert seen.models == (("*",) if models is None else tuple(models))
+    assert (seen.gateways, seen.dialect) == (("ollama", "openai"), "problem")
+    for name in told:
+        assert identity.viewer({k: v for k, v in told.items() if k != name}) is None
 
 
 def test_all_are_told_each_time() -> None:

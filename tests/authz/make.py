@@ -4,16 +4,17 @@ from dataclasses import replace
 from typing import Any
 
 from envoy.service.auth.v3 import external_auth_pb2 as pb
-from redis.asyncio import Redis
 
 from authz.bearers import Bearers
 from authz.decide import Asked
+from authz.mapped import Mapped
 from authz.signed import SEEN, Signatures
 from parallama import contract as c
 from parallama import keys
 from parallama.db.accounts import Account, KeyRecord
 from parallama.pipeline import Pipeline
 from parallama.roles import BUILT_IN, Role
+from tests.valkey import Client
 
 NOW = 1_772_366_400.0
 MINTED = keys.mint(lambda count: bytes([7]) * count, rounds=4)
@@ -60,8 +61,17 @@ def no_signatures() -> Signatures:
     async def find(public_id: str) -> KeyRecord | None:
         return None
 
-    memory = Pipeline(Redis(unix_socket_path="nowhere.sock"), SEEN, timeout=0.1)
+    memory = Pipeline(Client("nowhere.sock"), SEEN, timeout=0.1)
     return Signatures(find, memory, window=60, size=1, clock=lambda: NOW)
+
+
+def no_mappings() -> Mapped:
+    """Nothing is mapped."""
+
+    async def find() -> dict[str, dict[str, str]]:
+        return {}
+
+    return Mapped(find)
 
 
 def no_tokens() -> Bearers:

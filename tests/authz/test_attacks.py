@@ -33,7 +33,7 @@ from parallama.config import Issuer
 from parallama.db.accounts import find_holder, find_key
 from parallama.db.manage import credentials, people
 from parallama.roles import BUILT_IN, Role
-from tests.authz.make import MINTED, NOW, TOKEN, WRONG, a_check, no_signatures
+from tests.authz.make import MINTED, NOW, TOKEN, WRONG, a_check, no_mappings, no_signatures
 from tests.authz.tokens import (
     THEM,
     US,
@@ -113,7 +113,13 @@ def told(folder: Path, story: Story, *, algorithm: str = "RS256") -> None:
             ),
         )
         keyring = Keyring(partial(find_key, at.store), bearers, size=1000)
-        service = Authz(keyring, no_signatures(), gateways=("ollama", "openai"), clock=lambda: NOW)
+        service = Authz(
+            keyring,
+            no_signatures(),
+            no_mappings(),
+            gateways=("ollama", "openai"),
+            clock=lambda: NOW,
+        )
         with tempfile.TemporaryDirectory() as name:
             socket = str(Path(name) / "a.sock")
             server = rpc.Server({CHECK: service.check})

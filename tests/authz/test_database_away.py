@@ -15,12 +15,14 @@ from envoy.service.auth.v3 import external_auth_pb2 as pb
 from envoy.service.auth.v3.external_auth_pb2_grpc import AuthorizationStub
 
 from authz.keyring import Keyring
+from authz.mapped import Mapped
 from authz.service import Authz
 from parallama.changes import Change
 from parallama.config import Database
 from parallama.db.accounts import find_key
 from parallama.db.manage import credentials, people
 from parallama.db.manage.schema import managed
+from parallama.db.mappings import mappings_of
 from parallama.health import serves
 from parallama.presence import Presence, opened
 from parallama.roles import Role
@@ -62,11 +64,13 @@ def at(server: Postgres) -> Iterator[Database]:
 class Scene:
     """The service on a real database, and a clock."""
 
-    def __init__(self, keyring: Keyring, presence: Presence) -> None:
+    def __init__(self, keyring: Keyring, mapped: Mapped, presence: Presence) -> None:
         self.keyring = keyring
         self.presence = presence
         self.now = 0.0
-        self._service = Authz(keyring, no_signatures(), gateways=("openai",), clock=lambda: NOW)
+        self._service = Authz(
+            keyring, no_signatures(), mapped, gateways=("openai",), clock=lambda: NOW
+        )
 
     async def later(self, seconds: float) -> None:
         self.now += seconds
@@ -92,7 +96,7 @@ def told(at: Database, story: Callable[[Scene], Awaitable[None]]) -> None:
             presence = Presence(
                 db, monotonic=lambda: scene.now, patience=HOUR, too_long=keyring.forget_all
             )
-            scene = Scene(keyring, presence)
+            scene = Scene(keyring, Mapped(partial(mappings_of, db)), presence)
             await presence.begin(wait=False)
             await story(scene)
 

@@ -1,5 +1,7 @@
 """May this request go on? Every rule, and which of them speaks first."""
 
+from typing import Any
+
 import pytest
 
 from authz.decide import (
@@ -12,7 +14,10 @@ from authz.decide import (
     identify,
     judge_model,
 )
+from parallama import identity
 from parallama.db.accounts import Credential
+from parallama.endpoints import DISCOVERY
+from parallama.identity import Viewer
 from parallama.roles import Role, permissions
 from tests.authz.make import NOW, TOKEN, WRONG, a_key, an_ask
 
@@ -286,6 +291,29 @@ def test_a_hidden_model_looks_unknown(dialect: str, sentence: str) -> None:
     assert refused == Deny(404, "model_not_found", sentence, rule="model")
 
 
+@pytest.mark.parametrize(
+    ("models", "requested", "model", "allowed"),
+    [
+        (("llama3",), "gpt-4", "llama3", True),
+        (("gpt-4",), "gpt-4", "llama3", True),
+        (("GPT-4",), "gpt-4:latest", "llama3", True),
+        (("gpt*",), "GPT-4", "llama3", True),
+        (("gpt-4",), "gpt-3", "llama3", False),
+        (("gpt-4",), None, "llama3", False),
+        (("gemma*",), "gpt-4", "llama3", False),
+        ((), "gpt-4", "llama3", False),
+    ],
+)
+def test_a_key_may_say_a_mapped_name_if_it_may_use_that_or_what_it_means(
+    models: tuple[str, ...], requested: str | None, model: str, allowed: bool
+) -> None:
+    refused = judge_model(ModelAsked("openai", models, model, requested=requested))
+    assert (refused is None) is allowed
+    if requested is not None and refused is not None:
+        assert requested in refused.message
+        assert model not in refused.message
+
+
 def test_a_request_without_a_model_cannot_be_judged() -> None:
     refused = judge_model(ModelAsked("openai", ("*",), None))
     assert refused is not None
@@ -293,12 +321,57 @@ def test_a_request_without_a_model_cannot_be_judged() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "status"),
-    [("/v1/models/llama3", None), ("/v1/models/gpt", 404), ("/v1/models/llama3/x", 404)],
+    ("method", "path"),
+    [
+        ("GET", "/v1/models"),
+        ("GET", "/v1/models/llama3%2Fx"),
+        ("HEAD", "/api/tags"),
+        ("GET", "/api/ps"),
+        ("GET", "/api/version"),
+        ("POST", "/api/show"),
+    ],
 )
-def test_one_model_by_its_address_is_hidden_like_any_other(path: str, status: int | None) -> None:
-    decision = judged(an_ask(method="GET", path=path), a_key(models=("llama3",)))
-    assert (decision.status if isinstance(decision, Deny) else None) == status
+@pytest.mark.parametrize("models", [None, ("llama3", "b*", "größe,")])
+def test_who_answers_lists_is_told_what_may_be_seen(
+    method: str, path: str, models: tuple[str, ...] | None
+) -> None:
+    decision = judged(an_ask(method=method, path=path), a_key(models=models))
+    assert isinstance(decision, Allow)
+    told = identity.viewer(dict(decision.headers))
+    assert told == Viewer(path, ("openai",), "openai", models or ("*",))
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/pull", "/v1/messages/count_tokens"])
+def test_a_model_server_hears_nothing_of_its_caller(path: str) -> None:
+    decision = judged(an_ask(path=path), a_key(role=Role.ADMIN))
+    assert isinstance(decision, Allow)
+    assert decision.headers == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "gateways"),
+    [
+        ({}, ("ollama", "openai")),
+        ({"gateways": ("openai",)}, ("openai",)),
+        ({"scopes": permissions(["models:read:ollama"])}, ("ollama",)),
+        ({"scopes": permissions(["users:read"])}, ()),
+        ({"role": Role.READONLY, "models": ("a",)}, ("ollama", "openai")),
+    ],
+)
+def test_whoever_is_known_may_read_what_gateways_there_are(
+    key: dict[str, Any], gateways: tuple[str, ...]
+) -> None:
+    asked = an_ask(method="GET", path="/gateway/discovery", gateway=DISCOVERY, dialect="problem")
+    decision = identify(asked, a_key(**key), gateways={DISCOVERY}, now=NOW)
+    assert isinstance(decision, Allow)
+    told = identity.viewer(dict(decision.headers))
+    assert told is not None
+    assert (told.gateways, told.models) == (gateways, key.get("models") or ("*",))
+    switched_off = identify(asked, a_key(**key), gateways={"openai"}, now=NOW)
+    assert isinstance(switched_off, Deny)
+    assert switched_off.status == 404
+    disabled = identify(asked, a_key(**key, disabled=True), gateways={DISCOVERY}, now=NOW)
+    assert isinstance(disabled, Deny)
 
 
 @pytest.mark.parametrize("path", ["/api/pull", "/api/create", "/api/copy", "/api/push"])

@@ -41,7 +41,9 @@ class Provider:
 
 
 @asynccontextmanager
-async def running(provider: Provider, *, fresh: float = 300) -> AsyncIterator[KeySet]:
+async def running(
+    provider: Provider, *, fresh: float = 300, at_once: bool = True
+) -> AsyncIterator[KeySet]:
     keys = KeySet(
         provider.load,
         name="https://sso.test",
@@ -50,6 +52,7 @@ async def running(provider: Provider, *, fresh: float = 300) -> AsyncIterator[Ke
         fresh=fresh,
         cooldown=10,
         keep=100,
+        at_once=at_once,
     )
     task = asyncio.create_task(keys.run())
     try:
@@ -73,14 +76,28 @@ async def look(provider: Provider, keys: KeySet) -> None:
     await keys.find("one that is not there")
 
 
-def test_whoever_comes_before_the_first_answer_waits_for_it() -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_whoever_comes_before_the_first_answer_waits_for_it(at_once: bool) -> None:
     async def story(provider: Provider) -> None:
-        async with running(provider) as keys:
+        async with running(provider, at_once=at_once) as keys:
             assert keys.get("RS256-0") is None
             found = await asyncio.gather(*(keys.find("RS256-0") for _ in range(5)))
             assert None not in found
             assert keys.get("RS256-0") == found[0]
             assert provider.looks == 1
+
+    told(story, 0)
+
+
+def test_keys_that_nobody_wants_are_not_loaded() -> None:
+    async def story(provider: Provider) -> None:
+        async with running(provider, at_once=False) as keys:
+            for _ in range(50):
+                await asyncio.sleep(0)
+            assert keys.get("RS256-0") is None
+            assert provider.looks == 0
+            found = await asyncio.gather(keys.find("unknown"), keys.find("RS256-0"))
+            assert (found[0], found[1] is None, provider.looks) == (None, False, 1)
 
     told(story, 0)
 

@@ -31,6 +31,7 @@ from tests.authz.make import (
     a_check,
     a_key,
     a_model_check,
+    no_mappings,
     no_signatures,
     no_tokens,
 )
@@ -60,7 +61,11 @@ def served(known: Known, story: Callable[[Ask], Awaitable[T]]) -> T:
             address = f"unix:{Path(folder) / 'a.sock'}"
             keyring = Keyring(known, no_tokens(), size=100)
             service = Authz(
-                keyring, no_signatures(), gateways=("ollama", "openai"), clock=lambda: NOW
+                keyring,
+                no_signatures(),
+                no_mappings(),
+                gateways=("ollama", "openai"),
+                clock=lambda: NOW,
             )
             server = rpc.Server({CHECK: service.check})
             await server.start(address.removeprefix("unix:"))
@@ -306,6 +311,7 @@ def test_bytes_that_are_no_message_are_an_error_and_not_an_allow(at: int, flip: 
     service = Authz(
         Keyring(Known(a_key()), no_tokens(), size=1),
         no_signatures(),
+        no_mappings(),
         gateways=("ollama", "openai"),
         clock=lambda: NOW,
     )

@@ -13,7 +13,6 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from redis.asyncio import Redis
 
 from authz import signed, wire
 from authz.decide import Allow, Asked, Deny, Signature, identify
@@ -24,9 +23,9 @@ from parallama.changes import Change
 from parallama.db.accounts import KeyRecord
 from parallama.errors import Unavailable
 from parallama.pipeline import Pipeline
-from tests.authz.make import NOW, TOKEN, a_check, a_key, an_ask
+from tests.authz.make import NOW, TOKEN, a_check, a_key, an_ask, no_mappings
 from tests.ollama_cli import OllamaCommand
-from tests.valkey import Valkey
+from tests.valkey import Client, Valkey
 
 T = TypeVar("T")
 WINDOW = 60
@@ -69,7 +68,7 @@ class Replica:
     """One authz process, as far as signatures go."""
 
     def __init__(self, valkey: Valkey, record: KeyRecord | None, clock: Callable[[], float]):
-        self.redis = Redis(unix_socket_path=valkey.socket)
+        self.redis = Client(valkey.socket)
         self.memory = Pipeline(self.redis, SEEN, timeout=1)
         self.record = record
         self.looked_up = 0
@@ -107,7 +106,7 @@ def replicas(valkey: Valkey) -> Callable[..., Any]:
         clock: Callable[[], float] = lambda: NOW,
     ) -> Any:
         async def told() -> Any:
-            async with Redis(unix_socket_path=valkey.socket) as redis:
+            async with Client(valkey.socket) as redis:
                 await redis.flushall()
             made = [Replica(valkey, record, clock) for record in records or (a_registered(),)]
             try:
@@ -353,7 +352,7 @@ def test_ollama_run_shows_a_model_twice_in_one_second(replicas: Callable[..., An
 
 def test_without_redis_nothing_is_accepted(tmp_path: Path) -> None:
     async def told() -> None:
-        redis = Redis(unix_socket_path=str(tmp_path / "nobody.sock"))
+        redis = Client(str(tmp_path / "nobody.sock"))
         async with redis, aclosing(Pipeline(redis, SEEN, timeout=0.2)) as memory:
 
             async def find(_: str) -> KeyRecord | None:
@@ -365,7 +364,9 @@ def test_without_redis_nothing_is_accepted(tmp_path: Path) -> None:
                 await signatures.find(asked, signature_of(asked))
 
             keyring: Any = None  # nobody asks it
-            service = Authz(keyring, signatures, gateways=("ollama",), clock=lambda: NOW)
+            service = Authz(
+                keyring, signatures, no_mappings(), gateways=("ollama",), clock=lambda: NOW
+            )
             target, authorization = CLI.call("POST", "/api/chat", at=NOW)
             check = a_check(path=target, headers={"authorization": authorization}, route=ROUTE)
             answer = service.check(check.SerializeToString())

@@ -37,6 +37,24 @@ def allowed(
 # In.
 
 
+def test_the_requests_id_is_told_for_a_refusal() -> None:
+    assert parsed(headers={"x-request-id": "r-1"}).told_id == "r-1"
+    check = a_model_check()
+    check.attributes.request.http.headers["x-request-id"] = "r-2"
+    asked = wire.parse(check)
+    assert isinstance(asked, ModelAsked)
+    assert asked.told_id == "r-2"
+
+
+def test_an_anthropic_refusal_names_the_request() -> None:
+    sent = pb.CheckResponse.FromString(wire.render_deny(Deny(401, "c", "Why."), "anthropic", "r-1"))
+    assert json.loads(sent.denied_response.body) == {
+        "type": "error",
+        "error": {"type": "authentication_error", "message": "Why."},
+        "request_id": "r-1",
+    }
+
+
 def test_the_first_question() -> None:
     assert wire.parse(a_check()) == an_ask()
 
@@ -102,6 +120,12 @@ def test_nothing_at_all_is_an_ask_of_no_gateway() -> None:
             None, {}, ModelAsked("openai", ("llama3", "gemma*"), None), id="no model named"
         ),
         pytest.param(
+            None,
+            {c.MODEL: "llama3", c.REQUESTED_MODEL: "gpt-4"},
+            ModelAsked("openai", ("llama3", "gemma*"), "llama3", requested="gpt-4"),
+            id="a name that is mapped",
+        ),
+        pytest.param(
             None, None, ModelAsked("openai", ("llama3", "gemma*"), None), id="the body was not read"
         ),
     ],
@@ -147,8 +171,7 @@ def test_an_allowed_call_says_who_it_is_and_nothing_to_the_upstream() -> None:
             {c.METERED: "1", c.READ_BODY: True, c.CHECK_MODEL: True, c.MODELS: "a,b*"},
         ),
         (("a",), "POST", "/api/show", {c.READ_BODY: True, c.CHECK_MODEL: True, c.MODELS: "a"}),
-        (("a", "b*"), "GET", "/v1/models", {c.LIST_MODELS: "a,b*"}),
-        (("a",), "GET", "/api/ps", {c.LIST_MODELS: "a"}),
+        (("a", "b*"), "GET", "/v1/models", {}),
         (("a",), "GET", "/api/version", {}),
         (("a",), "GET", "/v1/models/a", {}),
     ],

@@ -21,6 +21,7 @@ _CONFIG = """\
 server: {{port: {port}}}
 state_dir: state
 database: {{path: users.db}}
+authentication: {{signing_keys_dir: signing}}
 redis: {{host: 127.0.0.1, port: {redis}, password_file: secrets/redis_password}}
 api_gateways: {{ollama: {{host: "http://127.0.0.1", port: {upstream}}}}}
 """
@@ -57,7 +58,7 @@ class Apart:
         self.folder, self._stack = folder, stack
         passwords = folder / "secrets"
         passwords.mkdir()
-        setup.make(passwords, folder / "state")
+        setup.make(passwords, folder / "state", folder / "signing")
         password = (passwords / "redis_password").read_text().strip()
         redis = stack.enter_context(
             Server(
@@ -83,20 +84,49 @@ class Apart:
         stack.callback(lambda: self.gateway.http.close())
         wait_for_event(self.gateway, "serving", service="up")
 
-    def begin(self, name: str) -> "subprocess.Popen[bytes]":
+    def begin(self, name: str, module: str = "") -> "subprocess.Popen[bytes]":
         log = self.folder / "up.log"
-        made = self._stack.enter_context(process(log, *service(self.folder, name)))
+        made = self._stack.enter_context(process(log, *service(self.folder, module or name)))
         until(lambda: self.healthy(name))
         return made
 
     def healthy(self, name: str) -> bool:
-        return health.serves(str(self.folder / "state" / "run" / f"{name}.sock"))
+        path = self.folder / "state" / "run" / f"{name}.sock"
+        return health.serves(f"unix:{path}" if name == "admin" else str(path))
 
 
 @pytest.fixture(scope="module")
 def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
     with StandIn() as upstream, ExitStack() as stack:
         yield Apart(tmp_path_factory.mktemp("a"), upstream, stack)
+
+
+def test_people_log_in_with_keys_that_nobody_had_to_make(apart: Apart) -> None:
+    """Also where the admin process is not the one that made them, and comes back in between."""
+    user = apart.gateway.someone()
+    subprocess.run(
+        [PARALLAMA, "users", "set-password", user.name, "--config", apart.config],
+        env=_ENVIRON, input=b"correct horse battery", check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    given = {"username": user.name, "password": "correct horse battery"}
+    before = None
+    for _ in range(2):
+        admin = apart.begin("admin", module="parallama.admin")
+        told = until(lambda: logged_in(apart, given))
+        for token in filter(None, (before, told["access_token"])):
+            answer = apart.gateway.http.post(
+                "/api/chat", json=CHAT, headers={"authorization": f"Bearer {token}"}
+            )
+            assert answer.status_code == 200, answer.text
+        before = told["access_token"]
+        admin.terminate()
+        admin.wait()
+    assert len([*(apart.folder / "signing").iterdir()]) == 1
+
+
+def logged_in(apart: Apart, given: dict[str, str]) -> dict[str, str] | None:
+    answer = apart.gateway.http.post("/auth/login", json=given)
+    return dict(answer.json()) if answer.status_code == 200 else None
 
 
 def test_calls_pass_and_are_rows(apart: Apart) -> None:

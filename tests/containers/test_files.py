@@ -63,6 +63,16 @@ def test_envoy_starts_after_the_services_and_so_stops_before_them() -> None:
     assert set(SERVICES["envoy"]["depends_on"]) == set(BEHIND)
 
 
+def test_those_who_know_of_tokens_share_their_keys_and_nobody_else_has_them() -> None:
+    at = load(ROOT / "containers" / "config.yaml", SERVICES["envoy"]["environment"]).signing_dir
+    mount = f"signing:{at}"
+    assert {name for name in SERVICES if mount in SERVICES[name].get("volumes", [])} == {
+        *("setup", "authz", "admin")
+    }
+    assert SERVICES["setup"]["command"][-1] == str(at)
+    assert not [name for name in STAYING if f"{mount}:ro" in SERVICES[name].get("volumes", [])]
+
+
 def test_a_stop_leaves_time_to_drain() -> None:
     config = load(ROOT / "containers" / "config.yaml", SERVICES["envoy"]["environment"])
     for name in ("envoy", *BEHIND):
@@ -119,22 +129,25 @@ def test_the_image_does_not_run_as_root() -> None:
 
 
 def test_passwords_are_made_once_and_for_a_group_alone(tmp_path: Path) -> None:
-    passwords, state = tmp_path / "secrets", tmp_path / "state"
+    passwords, state, signing_keys = (tmp_path / name for name in ("secrets", "state", "signing"))
     passwords.mkdir()
-    setup.make(passwords, state)
+    setup.make(passwords, state, signing_keys)
     before = {file.name: file.read_text() for file in passwords.iterdir()}
     assert before.keys() == {"db_password", "redis_password", "valkey.conf"}
     assert before["db_password"] != before["redis_password"]
     assert before["valkey.conf"] == f"requirepass {before['redis_password']}"
     assert {stat.S_IMODE(file.stat().st_mode) for file in passwords.iterdir()} == {0o440}
     assert stat.S_IMODE((state / "run").stat().st_mode) == 0o700
-    setup.make(passwords, state)
+    (key,) = signing_keys.iterdir()
+    assert (stat.S_IMODE(key.stat().st_mode), b"PRIVATE KEY" in key.read_bytes()) == (0o600, True)
+    setup.make(passwords, state, signing_keys)
     assert {file.name: file.read_text() for file in passwords.iterdir()} == before
+    assert [*signing_keys.iterdir()] == [key]
 
 
 def test_a_password_that_was_half_written_is_made_anew(tmp_path: Path) -> None:
     (tmp_path / ".db_password").write_text("hal")
-    setup.make(tmp_path, tmp_path / "state")
+    setup.make(tmp_path, tmp_path / "state", tmp_path / "signing")
     assert len((tmp_path / "db_password").read_text().strip()) > 40
 
 

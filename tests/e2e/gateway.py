@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -326,21 +327,31 @@ def running(
     upstream: StandIn,
     *,
     settings: str = "",
+    database: str = "",
+    hosts: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
     complaints: bool = False,
 ) -> Iterator[Gateway]:
     """
-    A gateway from `parallama init` to a clean end. Whatever happens within, at the end all
-    processes are gone, no key and no prompt is in any log, and, unless there are to be
-    `complaints`, nobody warned of anything.
+    A gateway from `parallama init` to a clean end, before `upstream` or these `hosts`, with SQLite
+    or the `database` of these lines. Whatever
+    happens within, at the end all processes are gone, no key and no prompt is in any log, and,
+    unless there are to be `complaints`, nobody warned of anything.
     """
     listen = f"127.0.0.1:{free_port()}"
     given = ["--dir", folder, "--listen", listen, "--upstream", upstream.url]
     subprocess.run(
         [PARALLAMA, "init", *given], env=_ENVIRON, check=True, capture_output=True, timeout=60
     )
-    with (folder / "config.yaml").open("a") as file:
-        file.write(_QUICK + settings)
+    config = (folder / "config.yaml").read_text() + _QUICK + settings
+    if database:
+        config, count = re.subn(r"(?m)^  path: parallama.db\n", database, config)
+        assert count == 1
+    if hosts:
+        several = f"    hosts: {json.dumps(list(hosts))}\n"
+        config, count = re.subn(r"(?m)^    host: .*\n    port: .*\n", several, config)
+        assert count == 1
+    (folder / "config.yaml").write_text(config)
     environment = {**_ENVIRON, **(environ or {})}
     with (folder / "up.log").open("wb") as log:
         process = subprocess.Popen(

@@ -14,12 +14,6 @@ from tests.standin import StandIn
 USERS, KEYS = "/admin/v1/users", "/admin/v1/keys"
 
 
-@pytest.fixture(autouse=True)
-def admin_serves(gateway: Gateway) -> None:
-    """It may come a little later than Envoy."""
-    gateway.child("admin")
-
-
 def send(who: Someone, method: str, path: str, body: Any = None) -> httpx.Response:
     return who.ask(method, path, json=body)
 

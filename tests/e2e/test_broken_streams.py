@@ -9,11 +9,25 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.gateway import CHAT, GENERATE, PATIENCE, Gateway, Json, Someone, says, until
+from tests.e2e.gateway import (
+    CHAT,
+    GENERATE,
+    PATIENCE,
+    PROMPT,
+    Gateway,
+    Json,
+    Someone,
+    says,
+    until,
+)
 
 LIMIT = 1_000_000
 SSE = {**CHAT, "stream": True}
 ASKED = {**SSE, "stream_options": {"include_usage": True}}
+RESPONSE = {"model": "smollm2", "input": PROMPT, "stream": True}
+MESSAGE = {**SSE, "max_tokens": 1000}
+HEADS = {"/v1/responses": 4, "/v1/messages": 2}
+"""Events before the first that has text."""
 
 STREAMS = [
     pytest.param("/api/chat", CHAT, "ollama", id="chat, NDJSON"),
@@ -24,6 +38,10 @@ STREAMS = [
     pytest.param("/v1/chat/completions", SSE, "openai", id="SSE, usage null until the end"),
     pytest.param("/v1/chat/completions", SSE, "cumulative", id="SSE, usage in every chunk"),
     pytest.param("/v1/completions", {**GENERATE, "stream": True}, "bare", id="completions"),
+    pytest.param("/v1/responses", RESPONSE, "ollama", id="responses"),
+    pytest.param("/v1/responses", RESPONSE, "llamacpp", id="responses, llama.cpp"),
+    pytest.param("/v1/messages", MESSAGE, "ollama", id="messages"),
+    pytest.param("/v1/messages", MESSAGE, "openai", id="messages as Anthropic's"),
 ]
 
 
@@ -43,10 +61,11 @@ def test_a_client_that_hangs_up_pays_for_what_was_delivered(
     gateway: Gateway, path: str, body: Json, flavour: str, chunks: int
 ) -> None:
     someone = gateway.someone(tokens=LIMIT)
-    told = says(flavour=flavour, tokens=100, hold_at=chunks + 1)
+    events = chunks + 1 + HEADS.get(path, 0)
+    told = says(flavour=flavour, tokens=100, hold_at=events)
     with someone.stream(path, body, headers=told) as answer:
-        lines = (line for line in answer.iter_lines() if line)
-        for _ in range(chunks + 1):
+        lines = (line for line in answer.iter_lines() if line and not line.startswith("event:"))
+        for _ in range(events):
             next(lines)
     emitted = wait_for_gone(gateway, answer.headers["x-request-id"])
     assert emitted >= chunks
@@ -136,10 +155,16 @@ def test_a_stream_cut_by_the_upstream_breaks_for_the_client_too(gateway: Gateway
 def test_a_stream_without_its_own_end_mark_is_not_finished(
     gateway: Gateway, path: str, body: Json, flavour: str
 ) -> None:
+    """The client is told so in the stream's own form, and the row says it."""
     someone = gateway.someone(tokens=LIMIT)
     told = says(flavour=flavour, tokens=100, cut_after=20, cut="clean")
     answer = someone.post(path, body, headers=told)
+    last = [line for line in answer.text.split("\n") if line][-1]
+    error = json.loads(last.removeprefix("data: "))["error"]
+    message = error if path.startswith("/api/") else error["message"]
+    assert "without an end mark" in message
     row = gateway.row(answer)
+    assert row["error_message"] == "the upstream ended its stream without an end mark"
     assert (row["aborted"], row["finished"], row["status_code"]) == (0, 0, 200)
     assert row["completion_tokens"] == gateway.seen(answer).emitted
     someone.expect_spent(row["tokens_used"], limit=LIMIT)
@@ -160,6 +185,10 @@ def test_a_json_answer_cut_in_its_middle_breaks_for_the_client(gateway: Gateway)
         pytest.param("/api/chat", CHAT, "ollama", id="NDJSON"),
         pytest.param("/v1/chat/completions", SSE, "openai", id="SSE"),
         pytest.param("/v1/chat/completions", ASKED, "llamacpp", id="SSE, llama.cpp"),
+        pytest.param("/v1/responses", RESPONSE, "openai", id="responses"),
+        pytest.param("/v1/responses", RESPONSE, "llamacpp", id="responses, llama.cpp"),
+        pytest.param("/v1/messages", MESSAGE, "openai", id="messages"),
+        pytest.param("/v1/messages", MESSAGE, "llamacpp", id="messages, llama.cpp"),
     ],
 )
 def test_an_error_inside_an_answer_of_200_is_noted_and_passed_on(
@@ -170,6 +199,7 @@ def test_an_error_inside_an_answer_of_200_is_noted_and_passed_on(
     answer = someone.post(path, body, headers=told)
     assert answer.status_code == 200
     assert "out of memory" in answer.text
+    assert "without an end mark" not in answer.text
     row = gateway.row(answer)
     assert "error" in row["error_message"]
     assert row["completion_tokens"] == gateway.seen(answer).emitted

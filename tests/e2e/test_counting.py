@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.gateway import CHAT, EMBED, GENERATE, Gateway, Json, says
+from tests.e2e.gateway import CHAT, EMBED, GENERATE, PROMPT, Gateway, Json, says
 
 LIMIT = 1_000_000
+RESPONSE = {"model": "smollm2", "input": PROMPT}
+MESSAGE = {**CHAT, "max_tokens": 1000}
 ASKED = {"stream_options": {"include_usage": True}}
 NOT_ASKED = {"stream_options": {"include_usage": False}}
 
@@ -46,6 +48,27 @@ REPORTED = [
             "SSE": {"stream": True},
             "SSE, usage asked for": {"stream": True, **ASKED},
         }.items()
+    ),
+    *(
+        pytest.param(path, {**body, **stream}, {"flavour": flavour}, id=f"{path}, {flavour}, {how}")
+        for path, body in (("/v1/responses", RESPONSE), ("/v1/messages", MESSAGE))
+        for flavour in ("ollama", "openai", "llamacpp")
+        for how, stream in {"JSON": {}, "SSE": {"stream": True}}.items()
+    ),
+    pytest.param(
+        "/v1/responses",
+        {**RESPONSE, "stream": True},
+        {"flavour": "openai", "reasoning_tokens": 4},
+        id="responses, thinking",
+    ),
+    pytest.param(
+        "/v1/messages",
+        {**MESSAGE, "stream": True},
+        {"flavour": "openai", "cached_tokens": 5},
+        id="messages, part of the prompt from a cache",
+    ),
+    pytest.param(
+        "/v1/messages", MESSAGE, {"flavour": "llamacpp", "cached_tokens": 5}, id="messages, cached"
     ),
     pytest.param(
         "/v1/chat/completions",
@@ -97,6 +120,16 @@ def test_a_stream_that_reports_nothing_is_counted_to_the_token(
     assert emitted == 9 * choices
 
 
+@pytest.mark.parametrize(("path", "body"), [("/v1/responses", RESPONSE), ("/v1/messages", MESSAGE)])
+def test_typed_streams_that_report_nothing_are_counted_to_the_token(
+    gateway: Gateway, path: str, body: Json
+) -> None:
+    told = {"flavour": "bare", "tokens": 9, "reasoning_tokens": 4}
+    row, _, emitted = count(gateway, path, {**body, "stream": True}, **told)
+    assert row["token_source"] == "counted"
+    assert (row["prompt_tokens"], row["completion_tokens"], emitted) == (None, emitted, 9)
+
+
 def test_thinking_that_nobody_reports_is_counted(gateway: Gateway) -> None:
     body = {**CHAT, "stream": True}
     row, _, emitted = count(
@@ -132,6 +165,24 @@ def test_cached_tokens_have_a_column_where_zero_is_not_null(gateway: Gateway, ca
         gateway, "/v1/chat/completions", CHAT, flavour="openai", cached_tokens=cached
     )
     assert (row["prompt_tokens"], row["cached_tokens"]) == (prompt, cached)
+    for path, body in (("/v1/responses", RESPONSE), ("/v1/messages", MESSAGE)):
+        for stream in (False, True):
+            asked = {**body, "stream": stream}
+            row, prompt, _ = count(gateway, path, asked, flavour="openai", cached_tokens=cached)
+            assert (row["prompt_tokens"], row["cached_tokens"]) == (prompt, cached)
+
+
+@pytest.mark.parametrize("thought", [0, 3])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/chat/completions", CHAT), ("/v1/responses", RESPONSE)]
+)
+def test_thinking_that_is_reported_has_a_column_where_zero_is_not_null(
+    gateway: Gateway, path: str, body: Json, stream: bool, thought: int
+) -> None:
+    asked = {**body, "stream": stream}
+    row, _, emitted = count(gateway, path, asked, flavour="openai", reasoning_tokens=thought)
+    assert (row["completion_tokens"], row["reasoning_tokens"]) == (emitted, thought)
 
 
 FORMS = [
@@ -155,6 +206,8 @@ FORMS = [
         pytest.param("/v1/chat/completions", {**CHAT, "stream": True}, id="SSE"),
         pytest.param("/v1/chat/completions", {**CHAT, "stream": True, **ASKED}, id="SSE asked"),
         pytest.param("/v1/chat/completions", CHAT, id="JSON"),
+        pytest.param("/v1/responses", {**RESPONSE, "stream": True}, id="responses"),
+        pytest.param("/v1/messages", {**MESSAGE, "stream": True}, id="messages"),
     ],
 )
 def test_the_form_of_the_bytes_changes_no_count(

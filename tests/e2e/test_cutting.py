@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, chdir, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -138,7 +138,12 @@ def test_the_client_sees_that_the_answer_is_not_whole(gateway: Gateway) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "body"), [*STREAMS, pytest.param("/api/chat", PLAIN, id="one piece")]
+    ("path", "body"),
+    [
+        *STREAMS,
+        pytest.param("/api/chat", PLAIN, id="one piece"),
+        pytest.param("/v1/messages", {**SSE, "max_tokens": 9}, id="Anthropic's"),
+    ],
 )
 def test_who_was_sent_nothing_yet_is_told_why(gateway: Gateway, path: str, body: Json) -> None:
     """The model still loads, or reads the prompt; or the answer comes in one piece."""
@@ -153,6 +158,8 @@ def test_who_was_sent_nothing_yet_is_told_why(gateway: Gateway, path: str, body:
     error = answer.json()["error"]
     told = error if path.startswith("/api/") else error["message"]
     assert "revoked" in told
+    if path == "/v1/messages":
+        assert error["type"] == "authentication_error"
     assert left(gateway, answer) == 0
     row = gateway.row(answer)
     assert (row["status_code"], row["tokens_used"]) == (401, 0)
@@ -168,6 +175,38 @@ def test_answers_of_a_user_who_is_disabled_or_deleted_are_cut(
         change(gateway, how, someone.name)
         cut_within(gateway, answer, since=time.monotonic())
     assert gateway.row(answer.response)["error_message"] == "credential_revoked"
+
+
+def test_who_logs_out_cuts_what_runs_by_that_session_alone(gateway: Gateway) -> None:
+    """By access tokens from two log-ins of one user, who has a key as well."""
+    someone = gateway.someone()
+    password = "correct horse battery"
+    settings = gateway.config.authentication
+    work = partial(people.set_password, password=password, settings=settings)
+    change(gateway, work, someone.name)
+
+    def logged_in() -> Someone:
+        given = {"username": someone.name, "password": password}
+        answer = gateway.http.post("/auth/login", json=given)
+        assert answer.status_code == 200, answer.text
+        return replace(someone, token=answer.json()["access_token"])
+
+    here, there = logged_in(), logged_in()
+    with (
+        begun(here, "/api/chat", CHAT) as mine,
+        begun(there, "/v1/chat/completions", SSE) as others,
+        begun(someone, "/api/chat", CHAT) as by_key,
+    ):
+        assert here.ask("POST", "/auth/logout").status_code == 204
+        cut_within(gateway, mine, since=time.monotonic())
+        assert runs(gateway, others)
+        assert runs(gateway, by_key)
+        assert there.ask("POST", "/auth/logout", json={"everywhere": True}).status_code == 204
+        cut_within(gateway, others, since=time.monotonic())
+        gateway.upstream.release()
+        assert b'"done":true' in by_key.rest()
+    assert not [each for each in (here, there) if each.token in gateway.log()]
+    assert gateway.row(mine.response)["error_message"] == "credential_revoked"
 
 
 def test_other_changes_leave_answers_alone(gateway: Gateway) -> None:

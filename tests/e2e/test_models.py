@@ -1,16 +1,20 @@
-"""No spelling of a request reaches a model that its key may not use."""
+"""No spelling of a request reaches a model that its key may not use; lists show what it may."""
 
 import gzip
 import json
 import socket
+import time
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import httpx
 import pytest
 
 from parallama.roles import Role
-from tests.e2e.gateway import PATIENCE, Gateway, Json
-from tests.standin import StandIn
+from tests.e2e.gateway import PATIENCE, Gateway, Json, Someone, free_port, running, until
+from tests.standin import Behaviour, StandIn
 
 ALLOWED = ["smollm2"]
 TO_V1, TO_CHAT, TO_GENERATE = "/v1/chat/completions", "/api/chat", "/api/generate"
@@ -84,15 +88,22 @@ HONEST = b'{"model":"smollm2",' + MESSAGES + b"}"
 
 def check(upstream: StandIn, status: int) -> None:
     """Either it was refused and went nowhere, or it ran an allowed model."""
+    asked = [seen for seen in upstream.asked if seen.method == "POST"]
     if status < 400:
-        assert upstream.requests
+        assert upstream.requests or asked
     for seen in upstream.requests:
         upstream.wait_ended(seen.id)
+    for seen in (*upstream.requests, *asked):
         assert seen.model in (*ALLOWED, None)
 
 
-@pytest.mark.parametrize("flavour", ["ollama", "llamacpp"])
-@pytest.mark.parametrize("path", [TO_V1, TO_CHAT, TO_GENERATE, "/api/embed", "/api/show"])
+@pytest.mark.parametrize(
+    ("path", "flavour"),
+    [
+        *((path, "ollama") for path in (TO_V1, TO_CHAT, TO_GENERATE, "/api/embed", "/api/show")),
+        *((path, "llamacpp") for path in (TO_V1, TO_CHAT, TO_GENERATE, "/api/embed")),
+    ],
+)
 def test_no_spelling_of_a_body_reaches_a_forbidden_model(
     gateway: Gateway, upstream: StandIn, path: str, flavour: str
 ) -> None:
@@ -242,7 +253,6 @@ LISTS: Mapping[str, tuple[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("flavour", ["ollama", "openai"])
 @pytest.mark.parametrize("path", LISTS)
 @pytest.mark.parametrize(
     ("patterns", "expected"),
@@ -254,13 +264,11 @@ LISTS: Mapping[str, tuple[str, str]] = {
     ],
 )
 def test_lists_show_what_the_key_may_use(
-    gateway: Gateway, path: str, patterns: list[str] | None, expected: set[str], flavour: str
+    gateway: Gateway, path: str, patterns: list[str] | None, expected: set[str]
 ) -> None:
-    if flavour == "openai" and "/api/" in path:
-        flavour = "ollama"
-    answer = gateway.someone(models=patterns).get(
-        path, headers={"x-standin": json.dumps({"flavour": flavour})}
-    )
+    """And nothing that a client says changes that."""
+    claims = {"x-parallama-models": "*", "x-parallama-endpoint": path, "x-parallama-catalog": "1"}
+    answer = gateway.someone(models=patterns).get(path, headers=claims)
     assert answer.status_code == 200
     key, name = LISTS[path]
     told = answer.json()
@@ -268,12 +276,178 @@ def test_lists_show_what_the_key_may_use(
     assert patterns is None or "secret" in expected or "secret" not in answer.text
 
 
-def test_a_list_nobody_can_read_is_not_passed_on(gateway: Gateway) -> None:
-    told = {"x-standin": json.dumps({"raw": "<html>secret</html>"})}
-    for path in ("/v1/models", "/api/tags"):
-        answer = gateway.someone(models=ALLOWED).get(path, headers=told)
-        assert answer.status_code == 502
-        assert "secret" not in answer.text
+@pytest.mark.parametrize("path", [*LISTS, "/api/version"])
+def test_with_nothing_to_hide_or_add_the_servers_own_bytes_pass(
+    gateway: Gateway, upstream: StandIn, path: str
+) -> None:
+    someone = gateway.someone()
+    alone = httpx.get(upstream.url + path.removeprefix("/ollama").removeprefix("/openai"))
+    answer = someone.get(path)
+    assert answer.content == alone.content
+    assert answer.headers["content-type"] == alone.headers["content-type"]
+    assert (answer.headers["age"], answer.headers["x-parallama-cache"]) == ("0", "fresh")
+    if path in ("/api/tags", "/api/version"):
+        head = someone.ask("HEAD", path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == str(len(alone.content))
+
+
+def test_what_was_changed_is_seen_at_once(gateway: Gateway) -> None:
+    someone = gateway.someone(role=Role.OPERATOR)
+    for method, path, body, expected in (
+        ("POST", "/api/copy", {"source": "smollm2", "destination": "mine"}, True),
+        ("DELETE", "/api/delete", {"model": "mine"}, False),
+    ):
+        someone.get("/api/tags")
+        assert someone.ask(method, path, json=body).status_code == 200
+        until(lambda: ("mine" in someone.get("/api/tags").text) is expected, 1)  # noqa: B023
+
+
+def test_mapped_names_are_listed_within_a_second(gateway: Gateway) -> None:
+    someone, only = gateway.someone(), gateway.someone(models=["gpt-4"])
+
+    def names(who: Someone, path: str) -> set[str]:
+        key, name = LISTS[path]
+        return {entry[name] for entry in who.get(path).json()[key]}
+
+    gateway.cli("models", "map", "gpt-4", "secret", "--gateway", "openai")
+    try:
+        until(lambda: "gpt-4" in names(someone, "/v1/models"), 1)
+        assert names(someone, "/v1/models") == {"smollm2:latest", "secret:latest", "gpt-4"}
+        assert names(only, "/v1/models") == {"gpt-4"}
+        assert "secret" not in only.get("/v1/models").text
+        assert only.get("/v1/models/gpt-4").json()["id"] == "gpt-4"
+        assert only.get("/v1/models/secret").status_code == 404
+        assert names(only, "/api/tags") == set()
+        assert "gpt-4" not in names(someone, "/ollama/v1/models")
+    finally:
+        gateway.cli("models", "unmap", "gpt-4", "--gateway", "openai")
+    until(lambda: "gpt-4" not in names(someone, "/v1/models"), 1)
+
+
+# A server that is slow, away, or lies
+
+KEPT = (*LISTS, "/api/version")
+_TROUBLES = {
+    "hangs": Behaviour(hold_at=0),
+    "fails": Behaviour(status=500),
+    "is busy": Behaviour(status=503),
+    "is broken": Behaviour(raw='{"models":[{"name":"secr'),
+    "is no list": Behaviour(raw='{"models":{"secret":1},"data":"secret"}'),
+    "is cut": Behaviour(cut_after=0),
+    "is 10 MB": Behaviour(raw='{"models":[],"data":[],"version":"%s"}' % ("x" * 10_000_000)),
+}
+
+
+@pytest.mark.parametrize("trouble", _TROUBLES)
+def test_lists_go_on_while_the_server_is_in_trouble(
+    gateway: Gateway, upstream: StandIn, trouble: str
+) -> None:
+    someone = gateway.someone()
+    before = {path: someone.get(path).content for path in KEPT}
+
+    def look(path: str) -> tuple[str, int]:
+        began = time.monotonic()
+        answer = someone.get(path)
+        assert time.monotonic() - began < 2
+        assert (answer.status_code, answer.content) == (200, before[path])
+        return answer.headers["x-parallama-cache"], int(answer.headers["age"])
+
+    def all_stale() -> bool:
+        with ThreadPoolExecutor(len(KEPT)) as threads:
+            return all(cache == "stale" and age > 0 for cache, age in threads.map(look, KEPT))
+
+    upstream.default = _TROUBLES[trouble]
+    until(all_stale, 10)
+    page = someone.get("/gateway/discovery").json()["gateways"]
+    assert [(at["health"]["status"], at["cache"]["state"]) for at in page] == [
+        ("away", "stale")
+    ] * 2
+    assert page[0]["models"]
+    upstream.default = Behaviour()
+    upstream.release()
+    for path in KEPT:
+        until(lambda: look(path) == ("fresh", 0), 10)  # noqa: B023
+
+
+def test_what_a_model_is_goes_on_too(gateway: Gateway, upstream: StandIn) -> None:
+    someone = gateway.someone()
+    shown = someone.post("/api/show", {"model": "smollm2"})
+    assert shown.headers["x-parallama-cache"] == "fresh"
+    upstream.default = Behaviour(hold_at=0)
+    time.sleep(0.3)
+    again = someone.post("/api/show", {"model": "smollm2"})
+    assert (again.content, again.headers["x-parallama-cache"]) == (shown.content, "stale")
+
+
+def test_a_server_that_never_came_and_one_that_went_and_came_back(tmp_path: Path) -> None:
+    server = StandIn(port=free_port())
+    with running(tmp_path, server, complaints=True) as gateway:
+        someone = gateway.someone()
+        for path in KEPT:
+            answer = someone.get(path)
+            assert answer.status_code == 503
+            assert "try again" in str(answer.json()["error"])
+        assert someone.post("/api/show", {"model": "smollm2"}).status_code == 503
+        with server:
+            for path in KEPT:
+                until(lambda: someone.get(path).status_code == 200)  # noqa: B023
+        until(lambda: someone.get("/api/tags").headers["x-parallama-cache"] == "stale")
+        assert someone.get("/v1/models").status_code == 200
+        with server:
+            until(lambda: someone.get("/api/tags").headers["x-parallama-cache"] == "fresh")
+
+
+# Who reaches what
+
+
+def test_the_page_of_gateways_is_for_whoever_is_known(gateway: Gateway) -> None:
+    page = gateway.someone(models=ALLOWED).get("/gateway/discovery").json()["gateways"]
+    assert [at["name"] for at in page] == ["ollama", "openai"]
+    for at in page:
+        assert {model["name"] for model in at["models"]} == {"smollm2:latest"}
+        assert at["health"] == {
+            "status": "well", "checked_by": "envoy", "servers": 1, "servers_well": 1
+        }  # fmt: skip
+    bound = gateway.someone(gateways=["openai"])
+    (at,) = bound.get("/gateway/discovery").json()["gateways"]
+    assert at["name"] == "openai"
+    assert bound.get("/api/tags").status_code == 403
+    claims = {"x-parallama-gateways": "ollama,openai", "x-parallama-models": "*"}
+    refused = gateway.http.get("/gateway/discovery", headers=claims)
+    assert (refused.status_code, refused.json()["code"]) == (401, "invalid_api_key")
+    for path in ("/gateway/status", "/gateway/", "/gateway/discovery/x"):
+        assert bound.get(path).status_code == 404
+
+
+def test_status_says_what_the_page_says_and_why(gateway: Gateway) -> None:
+    told = gateway.cli("status")["gateways"]
+    assert [(at["name"], at["health"]["status"]) for at in told] == [
+        ("ollama", "well"),
+        ("openai", "well"),
+    ]
+    assert {model["name"] for model in told[0]["models"]} == {"smollm2:latest", "secret:latest"}
+    assert {each["path"] for each in told[0]["lists"]} >= {"/api/tags", "/api/ps"}
+
+
+def test_at_the_catalogs_own_door_there_is_nothing_but_its_questions(
+    gateway: Gateway, upstream: StandIn
+) -> None:
+    transport = httpx.HTTPTransport(uds=str(gateway.config.run_dir / "catalog.sock"))
+    ours = {"x-parallama-catalog": "1"}
+    with httpx.Client(transport=transport, base_url="http://x", timeout=PATIENCE) as client:
+        assert client.get("/api/tags", headers=ours).status_code == 200
+        for method, path, headers in (
+            ("GET", "/api/tags", {}),
+            ("POST", "/api/chat", ours),
+            ("DELETE", "/api/delete", ours),
+            ("GET", "/api/tags/x", ours),
+            ("POST", "/v1/chat/completions", ours),
+            ("GET", "/admin/v1/users", ours),
+        ):
+            answer = client.request(method, path, headers=headers, json={"model": "smollm2"})
+            assert answer.status_code == 403, path
+    assert {seen.path for seen in upstream.requests} <= {"/api/tags"}
 
 
 @pytest.mark.parametrize(

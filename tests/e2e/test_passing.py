@@ -1,12 +1,15 @@
 """What passes through the gateway: the same bytes, the same headers, and at once."""
 
 import json
+import socket
+import time
 from collections.abc import Callable
 
 import httpx
 import pytest
 
-from tests.e2e.gateway import CHAT, EMBED, GENERATE, PROMPT, Gateway, Json, Someone, says
+from parallama.roles import Role
+from tests.e2e.gateway import CHAT, EMBED, GENERATE, PATIENCE, PROMPT, Gateway, Json, Someone, says
 from tests.standin import StandIn
 
 SSE = {**CHAT, "stream": True}
@@ -40,7 +43,6 @@ def both(
         pytest.param("/api/chat", {**CHAT, "stream": False}, id="chat, JSON"),
         pytest.param("/api/generate", GENERATE, id="generate, NDJSON"),
         pytest.param("/api/embed", EMBED, id="embed"),
-        pytest.param("/api/show", {"model": "smollm2"}, id="show"),
         pytest.param("/v1/chat/completions", CHAT, id="v1 chat, JSON"),
         pytest.param("/v1/chat/completions", ASKED, id="v1 chat, SSE with usage"),
         pytest.param("/v1/completions", GENERATE, id="v1 completions"),
@@ -209,3 +211,46 @@ def test_no_text_is_stored(gateway: Gateway) -> None:
     for file in gateway.folder.glob("parallama.db*"):
         assert PROMPT.encode() not in file.read_bytes()
         assert b"w0 w1" not in file.read_bytes()
+
+
+BOUND = 1.0  # seconds until an upstream is hung up on
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize("chunk", [0, 3], ids=["before its answer", "within it"])
+@pytest.mark.parametrize("stream", [True, False], ids=["a stream", "one piece"])
+def test_a_client_that_leaves_is_told_to_the_upstream_at_once(
+    gateway: Gateway, upstream: StandIn, path: str, chunk: int, stream: bool
+) -> None:
+    """So that it stops to generate."""
+    someone = gateway.someone()
+    body = json.dumps({**CHAT, "stream": stream, "max_tokens": 9}).encode()
+    told = says(tokens=9, hold_at=chunk, gate="never")
+    head = "".join(f"{k}: {v}\r\n" for k, v in (someone.headers | told).items())
+    with socket.create_connection(gateway.address, timeout=PATIENCE) as client:
+        client.sendall(
+            f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n{head}\r\n".encode()
+            + body
+        )
+        upstream.wait(lambda seen: seen.held, PATIENCE)
+    left = time.monotonic()
+    upstream.wait(lambda seen: seen.client_gone, PATIENCE)
+    assert time.monotonic() - left < BOUND
+
+
+def test_heads_are_answered(gateway: Gateway) -> None:
+    someone = gateway.someone()
+    for path in ("/", "/ollama/", "/api/version", "/api/tags", "/ollama/api/tags"):
+        answer = someone.ask("HEAD", path)
+        assert answer.status_code == 200
+        assert answer.content == b""
+
+
+def test_a_model_is_deleted_by_a_body(gateway: Gateway, upstream: StandIn) -> None:
+    operator = gateway.someone(role=Role.OPERATOR)
+    for name in ("model", "name"):
+        body = {name: upstream.models[-1]}
+        answer = operator.ask("DELETE", "/api/delete", json=body)
+        assert answer.status_code == 200
+        assert gateway.seen(answer).json() == body
+    assert not upstream.models

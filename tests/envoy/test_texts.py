@@ -15,6 +15,7 @@ from tests.examples import examples
 FACTS, USAGE = Filter("facts"), Filter("usage")
 SSE, NDJSON, JSON = "text/event-stream", "application/x-ndjson", "application/json"
 COUNTED = {c.COUNT_TEXT: True}
+PASSED_ON: dict[str, dict[str, object]] = {c.LUA: {c.TOTAL_TOKENS: 0, c.TEXT_COUNTED: True}}
 MOST = 65536
 
 
@@ -48,7 +49,7 @@ def asked(
 def told(
     chunks: list[bytes], kind: str, authz: dict[str, dict[str, object]] | None = None, **more: Any
 ) -> Passed:
-    before = {**(authz or chat(**COUNTED)), c.TEXT: {c.PROMPT: "aGk="}}
+    before = {**(authz or chat(**COUNTED)), **PASSED_ON, c.TEXT: {c.PROMPT: "aGk="}}
     passed = USAGE.response(chunks, before, kind, **more)
     assert passed.body == b"".join(chunks)
     assert not c.TEXT_KEYS & passed.facts.keys()
@@ -66,14 +67,16 @@ def delta(index: int = 0, **members: object) -> bytes:
 def test_without_count_text_nothing_is_passed_on() -> None:
     body = json.dumps({"model": "m", "prompt": "hi"}).encode()
     assert c.TEXT not in FACTS.request(body, chat()).metadata
-    assert c.TEXT not in USAGE.response([delta(content="hi")], chat(), SSE).metadata
+    before = {**chat(), c.LUA: {c.TOTAL_TOKENS: 0}}
+    assert c.TEXT not in USAGE.response([delta(content="hi")], before, SSE).metadata
     plain = json.dumps({"choices": [{"message": {"content": "hi"}}]}).encode()
-    assert c.TEXT not in USAGE.response([plain], chat()).metadata
+    assert c.TEXT not in USAGE.response([plain], before).metadata
 
 
 def test_counting_text_adds_one_write_a_chunk() -> None:
-    for authz, sets in ((chat(), 2), (chat(**COUNTED), 3)):
-        stream = USAGE.open_response(authz, SSE)
+    plain: dict[str, dict[str, object]] = {**chat(), c.LUA: {c.TOTAL_TOKENS: 0}}
+    for metadata, sets in ((plain, 2), ({**chat(**COUNTED), **PASSED_ON}, 3)):
+        stream = USAGE.open_response(metadata, SSE)
         stream.feed(delta(content="first"))
         before = stream.sets
         stream.feed(delta(content="a") + delta(content="b"))
@@ -114,6 +117,11 @@ def test_counting_text_adds_one_write_a_chunk() -> None:
             ['{"a": "one"}'],
         ),
         ({"tools": [{"type": "function"}], "prompt": ""}, ['[{"type": "function"}]']),
+        (
+            {"messages": [{"content": [{"type": "tool_use", "input": {"a": "one"}}]}]},
+            ['{"a": "one"}'],
+        ),
+        ({"input": [{"type": "function_call_output", "output": "one"}]}, ["one"]),
         (
             {"system": [{"type": "text", "text": "one"}], "messages": [{"content": "two"}]},
             ["one", "two"],
@@ -226,6 +234,34 @@ def test_what_is_nested_deep_is_not_looked_into() -> None:
         ),
         (
             [
+                b'data: {"content_block":{"type":"tool_use","input":{}}}\n\n',
+                b'data: {"delta":{"type":"input_json_delta","partial_json":"{\\"a\\":"}}\n\n',
+                b'data: {"delta":{"type":"input_json_delta","partial_json":"1}"}}\n\n',
+            ],
+            SSE,
+            {"endpoint": "/v1/messages"},
+            [r"{\"a\":1}"],
+        ),
+        (
+            [
+                b'{"content":[{"type":"thinking","thinking":"a"},{"type":"text","text":"b"},'
+                b'{"type":"tool_use","input":{"c":1}}]}'
+            ],
+            JSON,
+            {"endpoint": "/v1/messages"},
+            ["b", "a", '{"c":1}'],
+        ),
+        (
+            [
+                b'{"instructions":"x","text":{"format":{"type":"text"}},"output":[{"content":'
+                b'[{"type":"output_text","text":"a"}]},{"type":"function_call","arguments":"{}"}]}'
+            ],
+            JSON,
+            {"endpoint": "/v1/responses"},
+            ["a", "{}"],
+        ),
+        (
+            [
                 b'data: {"type":"response.output_text.delta","delta":"a"}\n\n',
                 b'data: {"type":"response.output_text.done","text":"a"}\n\n',
             ],
@@ -246,7 +282,7 @@ def test_the_text_of_an_answer(
 
 def test_each_chunk_leaves_what_was_delivered_behind() -> None:
     """A client that leaves ends the stream without another word to Lua."""
-    stream = USAGE.open_response(chat(**COUNTED), SSE)
+    stream = USAGE.open_response({**chat(**COUNTED), **PASSED_ON}, SSE)
     for n in range(1000):
         stream.feed(delta(content=f"{n:04}"))
         if n % 50 == 0:

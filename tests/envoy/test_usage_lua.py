@@ -8,12 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallama import contract
+from tests.envoy.answers import BROKEN, CHUNKED, NDJSON, SSE
 from tests.envoy.lua_host import NOW_MS, Filter, Passed, chat, ollama
 from tests.examples import examples
 
 USAGE = Filter("usage")
-OURS = {**chat(), contract.LUA: {contract.STREAM_USAGE: "ours", contract.TOTAL_TOKENS: 0}}
-SSE, NDJSON = "text/event-stream", "application/x-ndjson"
+
+
+def asked(authz: Any = None, **facts: object) -> dict[str, dict[str, object]]:
+    """Metadata as it is when the answer comes."""
+    return {**(authz or chat()), contract.LUA: {contract.TOTAL_TOKENS: 0, **facts}}
+
+
+OURS = asked(stream_usage="ours")
 
 
 def event(**members: object) -> bytes:
@@ -33,10 +40,28 @@ EXTRA = event(choices=[], usage={"prompt_tokens": 7, "completion_tokens": 2, "to
 DONE = b"data: [DONE]\n\n"
 
 
+CUT_SSE = (
+    b'data: {"error":{"message":"%b","type":"server_error","param":null,'
+    b'"code":"incomplete_stream"}}\n\n' % BROKEN.encode()
+)
+CUT_NDJSON = b'{"error":"%b"}\n' % BROKEN.encode()
+
+
+def without_cut(passed: Passed, cut: bytes = CUT_SSE) -> bytes:
+    """The body without the event that tells of a missing end mark, which has to be there then."""
+    if passed.facts.get("finished") or passed.facts.get("upstream_error"):
+        assert "no_end" not in passed.facts
+        return passed.body
+    assert passed.facts["no_end"] is True
+    assert passed.body.endswith(cut)
+    return passed.body.removesuffix(cut)
+
+
 def sse(*chunks: bytes, metadata: Any = None, **more: Any) -> Passed:
-    passed = USAGE.response(chunks, metadata or chat(), SSE, **more)
+    passed = USAGE.response(chunks, metadata or asked(), SSE, headers=CHUNKED, **more)
     if metadata is not OURS:
-        assert passed.body == b"".join(chunks)
+        whole = b"".join(chunks)
+        assert without_cut(passed).rstrip(b"\n") == whole.rstrip(b"\n")
     return passed
 
 
@@ -56,8 +81,9 @@ def counts(passed: Passed) -> tuple[Any, ...]:
 
 
 def test_only_metered_calls_are_counted() -> None:
-    metadata = chat(metered=None)
-    assert USAGE.response([HI], metadata, SSE).facts == {}
+    assert USAGE.response([HI], chat(metered=None), SSE).facts == {}
+    metadata = {**chat(), contract.LUA: {contract.MODEL: "m"}}
+    assert USAGE.response([HI], metadata, SSE).facts == {"model": "m"}
     assert USAGE.response([HI], {}, SSE).facts == {}
 
 
@@ -70,11 +96,11 @@ def test_errors_cost_nothing(status: int) -> None:
 
 
 def test_other_types_are_not_read() -> None:
-    assert USAGE.response([HI], chat(), "text/plain").facts == {}
+    assert USAGE.response([HI], asked(), "text/plain").facts == {"total_tokens": 0}
     assert (
-        USAGE.response([HI], chat(), "text/event-stream; charset=utf-8").facts["total_tokens"] == 1
+        USAGE.response([HI], asked(), "text/event-stream; charset=utf-8").facts["total_tokens"] == 1
     )
-    assert USAGE.response([HI], chat(), "Text/Event-Stream").facts["total_tokens"] == 1
+    assert USAGE.response([HI], asked(), "Text/Event-Stream").facts["total_tokens"] == 1
 
 
 # Event streams.
@@ -121,7 +147,7 @@ def test_a_stream_without_usage_is_counted() -> None:
 def test_one_token_for_each_event_with_text(line: bytes, tokens: int) -> None:
     assert sse(line).facts.get("total_tokens", 0) == tokens
     assert sse(HI, line, HI).facts["total_tokens"] == tokens + 2
-    assert USAGE.response(one_by_one(line), chat(), SSE).facts.get("total_tokens", 0) == tokens
+    assert USAGE.response(one_by_one(line), asked(), SSE).facts.get("total_tokens", 0) == tokens
 
 
 @examples(100)
@@ -146,6 +172,7 @@ def test_the_answers_text_cannot_pass_for_structure(text: str, ascii_only: bool)
         "usage_source": "counted",
         "first_token_at": NOW_MS,
         "response_model": "m",
+        "no_end": True,
     }
 
 
@@ -280,11 +307,11 @@ def test_a_usage_event_of_300_kilobytes() -> None:
         assert passed.body == HI + DONE
 
 
-# The event that splice.lua asked for.
+# The event that facts.lua asked for.
 
 
 def test_the_extra_event_goes_and_nothing_else() -> None:
-    passed = sse(ROLE, HI, END, EXTRA, DONE, metadata=OURS, headers={"content-length": "999"})
+    passed = sse(ROLE, HI, END, EXTRA, DONE, metadata=OURS)
     assert passed.body == ROLE + HI + END + DONE
     assert counts(passed) == (7, 2, 9, "reported")
     assert passed.facts["finished"] is True
@@ -307,7 +334,7 @@ def test_other_events_stay(stays: bytes) -> None:
 
 
 def test_a_client_that_asked_keeps_the_event() -> None:
-    metadata = {**chat(), contract.LUA: {contract.STREAM_USAGE: "client"}}
+    metadata = asked(stream_usage="client")
     assert sse(HI, EXTRA, DONE, metadata=metadata).body == HI + EXTRA + DONE
 
 
@@ -341,8 +368,11 @@ def test_wherever_the_network_splits(events: list[bytes], style: str, data: st.D
     chunks = [piece for piece in pieces if piece]
     ends_inside_json = whole.endswith(b"data")  # held back until the end is known
     with_last = data.draw(st.booleans()) and not ends_inside_json
-    passed = sse(*chunks, metadata=OURS, end_with_last=with_last and bool(chunks))
-    assert passed.body == kept
+    last_is_end = with_last and bool(chunks)
+    passed = sse(*chunks, metadata=OURS, end_with_last=last_is_end)
+    body = passed.body if last_is_end else without_cut(passed)
+    apart = b"" if body == kept else b"\n" if kept.endswith(b"\n") else b"\n\n"
+    assert body == kept + apart
     text = sum(one.startswith(HI.rstrip()) for one in events)
     reported = any(one.startswith(EXTRA.rstrip()) for one in events)
     if reported:
@@ -378,8 +408,11 @@ def test_the_extra_event_goes_when_its_line_ends_come_late() -> None:
 
 def test_a_length_that_may_shrink_is_not_announced() -> None:
     length = {"content-length": str(len(HI))}
-    assert "content-length" not in sse(HI, metadata=OURS, headers=length).headers
-    assert sse(HI, headers=length).headers["content-length"] == str(len(HI))
+    assert "content-length" not in USAGE.response([HI, DONE], OURS, SSE, headers=length).headers
+    passed = USAGE.response([HI], asked(), SSE, headers=length)
+    assert passed.headers["content-length"] == str(len(HI))
+    assert passed.body == HI  # nothing is added to a length that was announced
+    assert passed.facts["no_end"] is True
 
 
 def test_a_huge_line_does_not_stay() -> None:
@@ -410,8 +443,10 @@ def final(**members: object) -> bytes:
 
 
 def ndjson(*chunks: bytes) -> Passed:
-    passed = USAGE.response(chunks, ollama(), NDJSON)
-    assert passed.body == b"".join(chunks)
+    passed = USAGE.response(chunks, asked(ollama()), NDJSON, headers=CHUNKED)
+    whole = b"".join(chunks)
+    apart = b"" if whole.endswith(b"\n") or passed.facts.get("finished") else b"\n"
+    assert without_cut(passed, CUT_NDJSON) == whole + apart
     return passed
 
 
@@ -482,7 +517,7 @@ def test_a_last_line_without_end() -> None:
 def answer(body: object, metadata: Any = None, size: int = 50) -> Passed:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     passed = USAGE.response(
-        [raw[i : i + size] for i in range(0, len(raw), size)], metadata or chat()
+        [raw[i : i + size] for i in range(0, len(raw), size)], metadata or asked()
     )
     assert passed.body == raw
     return passed
@@ -510,19 +545,17 @@ def test_numbers_in_the_text_never_count() -> None:
 
 def test_an_answer_without_usage_is_charged_by_its_size() -> None:
     body = {"choices": [{"message": {"content": "x" * 100}}]}
-    asked = chat()
-    asked[contract.LUA] = {"body_bytes": "41"}
     size = len(json.dumps(body).encode())
     completion = -(-size // 4)
-    assert counts(answer(body, asked)) == (11, completion, 11 + completion, "estimated")
-    asked = ollama(endpoint="/api/embeddings")
-    asked[contract.LUA] = {"body_bytes": "41"}
-    assert counts(answer({"embedding": [0.1] * 50}, asked)) == (11, 0, 11, "estimated")
+    said = counts(answer(body, asked(body_bytes="41")))
+    assert said == (11, completion, 11 + completion, "estimated")
+    embed = asked(ollama(endpoint="/api/embeddings"), body_bytes="41")
+    assert counts(answer({"embedding": [0.1] * 50}, embed)) == (11, 0, 11, "estimated")
 
 
 def test_an_error_of_status_200_costs_nothing() -> None:
     passed = answer({"error": "out of memory"})
-    assert counts(passed) == (None, None, None, None)
+    assert counts(passed) == (None, None, 0, None)
     assert passed.facts["upstream_error"] is True
 
 
@@ -535,7 +568,7 @@ def test_embeddings_have_no_completion() -> None:
         "reported",
     )
     embed = {"model": "m", "embeddings": [[0.1]], "prompt_eval_count": 8}
-    assert counts(answer(embed, ollama(endpoint="/api/embed"))) == (8, 0, 8, "reported")
+    assert counts(answer(embed, asked(ollama(endpoint="/api/embed")))) == (8, 0, 8, "reported")
 
 
 def test_an_ollama_answer() -> None:
@@ -546,7 +579,7 @@ def test_an_ollama_answer() -> None:
         "eval_count": 2,
         "eval_duration": 2_000_000,
     }
-    passed = answer(body, ollama(endpoint="/api/generate"))
+    passed = answer(body, asked(ollama(endpoint="/api/generate")))
     assert counts(passed) == (0, 2, 2, "reported")
     assert passed.facts["compute_ms"] == 2
 
@@ -555,7 +588,7 @@ def test_half_an_answer_is_not_finished() -> None:
     half = answer(b'{"model":"m","usage":{"prompt_tokens":3,"completion_tokens":1}')
     assert "finished" not in half.facts
     assert counts(half)[3] == "estimated"
-    assert answer(b"").facts == {}
+    assert answer(b"").facts == {"total_tokens": 0}
     assert "finished" not in answer(b"[1]").facts
 
 

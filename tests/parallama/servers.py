@@ -306,10 +306,19 @@ class Odd:
 
 
 @asynccontextmanager
-async def tls_before(port: int, certificate: Path, key: Path) -> AsyncIterator[int]:
-    """A port that speaks TLS and passes everything on to `port`: the binary has none built in."""
+async def tls_before(
+    port: int, certificate: Path, key: Path, *, of_clients: Path | None = None
+) -> AsyncIterator[int]:
+    """
+    A port that speaks TLS and passes everything on to `port`: the binary has none built in.
+
+    With `of_clients` they have to show a certificate that this one vouches for.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
+    if of_clients is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(of_clients)
     tasks: set[asyncio.Task[None]] = set()
 
     async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:

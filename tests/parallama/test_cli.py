@@ -324,7 +324,8 @@ def test_usage_has_the_promised_fields(cli: Parallama) -> None:
         "token_source": "reported", "streamed": True, "finished": True, "aborted": False,
         "status_code": 200, "flags": "", "error_message": None, "request_duration": 1.5,
         "time_to_first_token": 0.25, "compute_ms": 900.0, "upstream_host": "127.0.0.1:11434",
-        "cost": None, "grants": None, "decision": {"known_at": 1.5},
+        "cost": None, "grants": None, "decision": {"known_at": 1.5}, "requested_model": None,
+        "attempts": None,
     }  # fmt: skip
 
 

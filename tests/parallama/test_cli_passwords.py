@@ -1,5 +1,6 @@
 """Commands for passwords, sessions and signing keys: no secret in words, answers or records."""
 
+import asyncio
 import fcntl
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import subprocess
 import sys
 import termios
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,11 @@ from typer.testing import CliRunner, Result
 
 from parallama import passwords
 from parallama.cli import app
+from parallama.config import load
+from parallama.lockout import Locked, Lockout
+from parallama.stores import connect_redis
 from tests.parallama.commands import Parallama
+from tests.parallama.servers import Server
 
 PASSWORD = "correct horse battery"
 
@@ -261,3 +267,38 @@ def test_a_shared_secret_is_not_rotated_by_us(cli: Parallama) -> None:
     configured(cli, jwt_algorithm="HS256", jwt_secret_key_file="secrets/jwt")
     for command in ("list", "rotate"):
         assert "jwt_secret_key_file" in cli.refused(2, "signing-keys", command)
+
+
+# Waiting.
+
+
+def test_who_has_to_wait_is_unlocked_and_it_is_recorded(
+    cli: Parallama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli.json("users", "create", "anna")
+    assert "cannot be used" in cli.refused(5, "users", "unlock", "anna")
+    secret = load(cli.config, os.environ).redis.password
+    assert secret is not None
+    password = secret.get_secret_value()
+    with Server(tmp_path / "redis", f"requirepass {password}", password=password) as server:
+        monkeypatch.setenv("PARALLAMA_REDIS__HOST", "127.0.0.1")
+        monkeypatch.setenv("PARALLAMA_REDIS__PORT", str(server.port))
+
+        async def guess() -> bool:
+            config = load(cli.config, os.environ)
+            async with (
+                connect_redis(config) as redis,
+                aclosing(Lockout(redis, config.authentication, timeout=5)) as lockout,
+            ):
+                try:
+                    await lockout.attempt("anna", "192.0.2.7")
+                except Locked:
+                    return False
+                return True
+
+        assert [asyncio.run(guess()) for _ in range(6)] == [True] * 5 + [False]
+        assert cli.json("users", "unlock", "anna")["username"] == "anna"
+        assert asyncio.run(guess())
+        cli.refused(3, "users", "unlock", "nobody")
+    (record,) = cli.json("audit", "list", "--action", "users.unlock")
+    assert record["subject"] == "anna"

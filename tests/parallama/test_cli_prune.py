@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from parallama.cli import app
 from parallama.config import Database
 from parallama.db import database, ledger
+from parallama.values import SecretFile
 from tests.parallama.db_on_disk import Opened, a_record, on
 
 NOW = datetime.now(UTC)
@@ -30,7 +31,11 @@ def config(db: Database, tmp_path: Path) -> Path:
 
     on(db, fill)
     path = tmp_path / "config.yaml"
-    given = db.model_dump(mode="json", exclude_unset=True)
+    told = {name: getattr(db, name) for name in db.model_fields_set}
+    given = {
+        name: str(at.path if isinstance(at, SecretFile) else at) if name != "port" else at
+        for name, at in told.items()
+    }
     path.write_text(yaml.safe_dump({"database": given}))
     return path
 

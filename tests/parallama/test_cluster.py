@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import uvloop
 from redis.crc import key_slot
-from redis.exceptions import RedisError
 
 from parallama.changes import Change, publish
 from parallama.config import Config
 from parallama.errors import Unavailable
 from parallama.pipeline import Pipeline
+from parallama.resp import RedisError
 from parallama.stores import connect_redis
 from tests.parallama.servers import (
     COUNT,

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, example, given
 from hypothesis import strategies as st
-from pydantic import SecretStr, ValidationError
 
 from parallama.config import Config, load, settings, warnings
 from parallama.errors import ConfigError
-from parallama.values import SecretFile
+from parallama.values import SecretFile, SecretText
 from parallama.yamlfile import parse
 from tests.examples import examples
 
@@ -99,8 +98,8 @@ def test_the_plans_file_loads_as_it_is(tmp_path: Path) -> None:
     config = loaded(tmp_path, PLAN.replace("file: /etc/parallama", f"file: {tmp_path}"))
     assert not config.database.sqlite
     assert config.database.host == "localhost"
-    assert config.database.password == SecretStr("of the database")
-    assert config.authentication.jwt_secret_key == SecretStr("signs tokens")
+    assert config.database.password == SecretText("of the database")
+    assert config.authentication.jwt_secret_key == SecretText("signs tokens")
     assert not config.redis.embedded
     assert config.redis.host == "localhost"
     assert config.api_gateways.ollama.upstream() == ("http", "localhost", 11434)
@@ -112,17 +111,7 @@ def test_the_plans_file_loads_as_it_is(tmp_path: Path) -> None:
     assert config.logging.max_size == 100 * 1024 * 1024
     assert config.server.workers == 4
     assert warnings(config) == [
-        *(
-            f"{path} has no effect yet: it belongs to a later release"
-            for path in (
-                "api_gateways.discovery.enabled",
-                "api_gateways.discovery.cache_ttl",
-                "api_gateways.discovery.include_metrics",
-                "api_gateways.ollama.default_model",
-                "api_gateways.openai.compatibility_mode",
-                "api_gateways.openai.model_mappings",
-            )
-        ),
+        "api_gateways.openai.compatibility_mode has no effect yet: it belongs to a later release",
         "authentication.jwt_secret_key_file has no effect with authentication.jwt_algorithm RS256",
     ]
 
@@ -156,13 +145,13 @@ def test_relative_paths_start_at_the_files_folder(
     assert config.run_dir == etc / "state" / "run"
     assert config.database.path == etc / "parallama.db"
     assert config.logging.dir == etc / "logs"
-    assert config.redis.password == SecretStr("of the counters")
+    assert config.redis.password == SecretText("of the counters")
     assert config.envoy.dir == Path("/home/anna/envoy")
 
 
 def test_the_tree_cannot_be_changed(tmp_path: Path) -> None:
     config = loaded(tmp_path, "{}")
-    with pytest.raises(ValidationError, match="frozen"):
+    with pytest.raises(AttributeError, match="frozen"):
         config.server.port = 1
 
 
@@ -170,7 +159,6 @@ def test_a_secret_does_not_show_in_the_trees_own_text(tmp_path: Path) -> None:
     write(tmp_path, "hunter2", "redis_password")
     config = loaded(tmp_path, "redis: {password_file: redis_password}")
     assert "hunter2" not in repr(config)
-    assert "hunter2" not in config.model_dump_json()
 
 
 def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
@@ -194,7 +182,7 @@ def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
     assert config.api_gateways.ollama.port == 8080
     assert config.api_gateways.enabled == ("openai",)
     assert config.redis.embedded
-    assert config.redis.password == SecretStr("of the counters")
+    assert config.redis.password == SecretText("of the counters")
     assert config.usage.flush_seconds == 1
 
 
@@ -570,7 +558,7 @@ def test_a_secret_file_that_is_a_folder_or_a_pipe(tmp_path: Path) -> None:
 def test_a_secret_that_has_several_lines_is_whole(tmp_path: Path) -> None:
     write(tmp_path, "-----BEGIN-----\nabc\n-----END-----\n", "pem")
     config = loaded(tmp_path, "authentication: {jwt_secret_key_file: pem}")
-    assert config.authentication.jwt_secret_key == SecretStr("-----BEGIN-----\nabc\n-----END-----")
+    assert config.authentication.jwt_secret_key == SecretText("-----BEGIN-----\nabc\n-----END-----")
 
 
 @pytest.mark.parametrize(
@@ -706,11 +694,11 @@ def test_levels_may_be_written_small(tmp_path: Path) -> None:
 def test_what_has_no_effect_is_named(tmp_path: Path) -> None:
     config = loaded(
         tmp_path,
-        "redis: {port: 1}\napi_gateways: {discovery: {enabled: false}}",
+        "redis: {port: 1}\napi_gateways: {openai: {compatibility_mode: false}}",
         {"PARALLAMA_DATABASE__PORT": "5433"},
     )
     assert warnings(config) == [
-        "api_gateways.discovery.enabled has no effect yet: it belongs to a later release",
+        "api_gateways.openai.compatibility_mode has no effect yet: it belongs to a later release",
         "database.port has no effect without database.host",
         "redis.port has no effect without redis.host",
     ]
@@ -735,9 +723,9 @@ def test_a_tree_can_be_made_without_a_file() -> None:
     config = Config()
     assert config.dir == Path.cwd()
     assert config.state_dir == Path.cwd() / "state"
-    secret = SecretFile(Path("x"), SecretStr("y"))
+    secret = SecretFile(Path("x"), SecretText("y"))
     made = Config.model_validate({"redis": {"password_file": secret}})
-    assert made.redis.password == SecretStr("y")
+    assert made.redis.password == SecretText("y")
 
 
 def test_every_setting_has_a_description() -> None:

@@ -209,3 +209,28 @@ def test_a_service_that_cannot_start_says_why_in_a_line(name: str, tmp_path: Pat
     said = f"{name.rpartition('.')[2]}: there is no database at {tmp_path}/parallama.db"
     assert ended.stderr.startswith(said)
     assert ended.stderr.count("\n") == 1
+
+
+_HEAVY = {
+    *("pydantic", "fastapi", "sqlalchemy", "alembic", "typer", "rich", "httpx", "redis"),
+    *("cryptography", "jwt", "tiktoken", "psycopg", "importlib.metadata", "importlib.resources"),
+    *("email", "http.client", "multiprocessing", "zipfile", "difflib"),
+}
+
+
+@pytest.mark.parametrize(
+    "main", ["authz.__main__", "ratelimit.__main__", "usage_sink.__main__", "supervisor.chain"]
+)
+def test_a_process_loads_only_what_it_needs(main: str) -> None:
+    """docs/decisions/0025: what one more library takes, five processes take."""
+    module = f"parallama.{main}" if main.startswith("supervisor") else main
+    program = (
+        "import sys, parallama.daemon\n"
+        "parallama.daemon.run = lambda *_: None\n"
+        f"import {module}\n"
+        "print(*sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True
+    )
+    assert _HEAVY & set(done.stdout.split()) == set()

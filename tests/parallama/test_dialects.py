@@ -32,12 +32,39 @@ def test_ollamas_form_is_one_sentence(status: int) -> None:
     assert json.loads(refusal("ollama", status, "code", "Why.")) == {"error": "Why."}
 
 
-@pytest.mark.parametrize("dialect", ["", "anthropic", "Ollama", "\n"])
+ANTHROPIC_TYPES = [
+    (400, "invalid_request_error"),
+    (401, "authentication_error"),
+    (403, "permission_error"),
+    (404, "not_found_error"),
+    (405, "invalid_request_error"),
+    (413, "invalid_request_error"),
+    (429, "rate_limit_error"),
+    (500, "api_error"),
+    (503, "overloaded_error"),
+    (504, "timeout_error"),
+]
+
+
+@pytest.mark.parametrize(("status", "kind"), ANTHROPIC_TYPES)
+def test_anthropics_form(status: int, kind: str) -> None:
+    told = {"type": "error", "error": {"type": kind, "message": "Why."}}
+    assert json.loads(refusal("anthropic", status, "code", "Why.")) == told
+    named = refusal("anthropic", status, "code", "Why.", request_id="r-1")
+    assert json.loads(named) == {**told, "request_id": "r-1"}
+
+
+@pytest.mark.parametrize("dialect", ["ollama", "openai", "problem"])
+def test_the_request_is_named_in_anthropics_form_alone(dialect: str) -> None:
+    assert refusal(dialect, 400, "c", "m", request_id="r") == refusal(dialect, 400, "c", "m")
+
+
+@pytest.mark.parametrize("dialect", ["", "Anthropic", "Ollama", "\n"])
 def test_a_dialect_nobody_knows_gets_openais_form(dialect: str) -> None:
     assert refusal(dialect, 400, "c", "m") == refusal("openai", 400, "c", "m")
 
 
-@pytest.mark.parametrize("dialect", ["ollama", "openai"])
+@pytest.mark.parametrize("dialect", ["ollama", "openai", "anthropic"])
 @pytest.mark.parametrize(
     "message",
     ["two\nlines", "tab\tand\r\nmore", 'a "quote" and a \\', "Über 量子 🦙", "\x00\x1b[31m"],

@@ -47,6 +47,7 @@ def test_the_example_holds_every_setting_with_its_default() -> None:
 READ = [each.path for each in ALL if "Not used yet." not in each.description]
 READ_AS = {
     "api_gateways.ollama.host": "upstream",
+    "api_gateways.ollama.default_model": "default_models",
     "database.password_file": "password",
     "api_gateways.ollama.count_tokens": "text_counted",
     "api_gateways.openai.count_tokens": "text_counted",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from parallama.endpoints import Action, find_endpoint, knows_path, model_allowed
+from parallama.endpoints import METERED, Action, find_endpoint, knows_path, model_allowed
 
 
 @pytest.mark.parametrize(
@@ -11,6 +11,10 @@ from parallama.endpoints import Action, find_endpoint, knows_path, model_allowed
         ("POST", "/v1/chat/completions", Action.INFER),
         ("POST", "/api/generate", Action.INFER),
         ("POST", "/api/embed", Action.INFER),
+        ("POST", "/v1/responses", Action.INFER),
+        ("POST", "/v1/messages", Action.INFER),
+        ("POST", "/v1/messages/count_tokens", Action.READ),
+        ("GET", "/api/status", Action.READ),
         ("GET", "/v1/models", Action.READ),
         ("GET", "/v1/models/llama3", Action.READ),
         ("GET", "/api/tags", Action.READ),
@@ -39,6 +43,15 @@ def test_an_endpoint_asks_for_its_action(method: str, path: str, action: Action)
         ("POST", "//api/chat"),
         ("DELETE", "/api/blobs/sha256:abc"),
         ("POST", "/v1/files"),
+        ("POST", "/v1/messages/"),
+        ("POST", "/v1/messages/batches"),
+        ("GET", "/v1/messages/count_tokens"),
+        ("POST", "/v1/audio/transcriptions"),
+        ("POST", "/api/me"),
+        ("POST", "/api/signout"),
+        ("DELETE", "/api/user/keys/x"),
+        ("POST", "/api/experimental/web_search"),
+        ("GET", "/api/experimental/model-recommendations"),
         ("POST", ""),
     ],
 )
@@ -48,7 +61,8 @@ def test_what_is_not_listed_is_no_endpoint(method: str, path: str) -> None:
 
 def test_every_call_that_spends_tokens_names_its_model_in_a_body_that_is_read() -> None:
     for path in ("/api/chat", "/api/generate", "/api/embed", "/api/embeddings",
-                 "/v1/chat/completions", "/v1/completions", "/v1/embeddings"):  # fmt: skip
+                 "/v1/chat/completions", "/v1/completions", "/v1/embeddings",
+                 "/v1/responses", "/v1/messages"):  # fmt: skip
         endpoint = find_endpoint("POST", path)
         assert endpoint is not None
         assert endpoint.action is Action.INFER
@@ -57,8 +71,19 @@ def test_every_call_that_spends_tokens_names_its_model_in_a_body_that_is_read() 
 
 
 def test_a_known_path_is_told_from_an_unknown_one() -> None:
-    assert knows_path("/api/chat")
-    assert not knows_path("/api/chats")
+    for path in ("/api/chat", "/api/delete", "/v1/models/x", "/api/blobs/sha256:abc"):
+        assert knows_path(path)
+    for path in ("/api/chats", "/v1/models/", "/api/blobs/md5:abc"):
+        assert not knows_path(path)
+
+
+def test_counting_tokens_is_free_and_names_its_model() -> None:
+    path = "/v1/messages/count_tokens"
+    endpoint = find_endpoint("POST", path)
+    assert endpoint is not None
+    assert endpoint.reads_body
+    assert endpoint.names_model
+    assert path not in METERED
 
 
 @pytest.mark.parametrize(

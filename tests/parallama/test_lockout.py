@@ -155,6 +155,18 @@ def test_success_makes_the_account_begin_anew_but_not_the_address(valkey: Valkey
     on(valkey, work)
 
 
+def test_who_is_unlocked_begins_anew_and_nobody_else(valkey: Valkey) -> None:
+    async def work(lock: Lockout, redis: Redis) -> None:
+        assert await guesses(lock, 9, address="198.51.100.1") == 3
+        assert await guesses(lock, 9, name="ben", address="198.51.100.2") == 3
+        await lock.unlock("anna")
+        assert await guesses(lock, 9, address="198.51.100.3") == 3
+        assert await guesses(lock, 9, name="ben", address="198.51.100.4") == 0
+        await lock.unlock("nobody")
+
+    on(valkey, work)
+
+
 def test_any_number_of_good_logins_from_one_address_is_let_through(valkey: Valkey) -> None:
     async def work(lock: Lockout, redis: Redis) -> None:
         for number in range(30):

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import re
-import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing
@@ -11,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import uvloop
-from redis.exceptions import RedisError
 
 from parallama.changes import Change, publish
 from parallama.config import Config
 from parallama.errors import Unavailable
 from parallama.lanes import PAUSE
 from parallama.pipeline import Pipeline
+from parallama.resp import RedisError
 from parallama.stores import connect_redis
 from tests.parallama.servers import COUNT, Odd, Server, a_config, certificate, tls_before
 from tests.parallama.test_changes import watching
@@ -240,18 +239,28 @@ def test_a_server_that_speaks_no_tls(guarded: Server, tmp_path: Path) -> None:
     run(a_config(tmp_path, f"host: 127.0.0.1, port: {guarded.port}, tls: true"), story)
 
 
+@pytest.mark.parametrize("shown", ["other", "name", None])
 def test_a_server_that_asks_for_our_certificate_is_shown_it(
-    papers: Path, guarded: Server, tmp_path: Path
+    shown: str | None, papers: Path, guarded: Server, tmp_path: Path
 ) -> None:
-    shown = papers / "other.pem"
-    config = a_config(
-        tmp_path,
-        f"host: 127.0.0.1, tls: true, tls_cert_file: {shown}, tls_key_file: {papers}/other.key",
-    )
-    told = connect_redis(config).connection_pool.connection_kwargs
-    assert told["ssl_certfile"] == str(shown)
-    assert told["ssl_keyfile"] == str(papers / "other.key")
-    ssl.create_default_context().load_cert_chain(told["ssl_certfile"], told["ssl_keyfile"])
+    (tmp_path / "secret").write_text("of-the-server")
+    (tmp_path / "secret").chmod(0o600)
+
+    async def told() -> None:
+        pems = papers / "right.pem", papers / "right.key"
+        async with tls_before(guarded.port, *pems, of_clients=papers / "other.pem") as port:
+            ours = f"tls_cert_file: {papers}/{shown}.pem, tls_key_file: {papers}/{shown}.key"
+            redis = f"host: 127.0.0.1, port: {port}, password_file: secret, tls: true"
+            redis += f", tls_ca_file: {papers}/right.pem"
+            config = a_config(tmp_path, f"{redis}, {ours}" if shown else redis)
+            async with connect_redis(config) as client:
+                if shown == "other":
+                    assert await client.ping()
+                else:
+                    with pytest.raises(RedisError):
+                        await client.ping()
+
+    uvloop.run(told())
 
 
 def test_the_rights_that_the_manual_names_are_enough(guarded: Server, tmp_path: Path) -> None:

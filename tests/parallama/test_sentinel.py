@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import uvloop
-from redis.exceptions import RedisError
 
 from parallama.changes import Change, publish
 from parallama.config import Config
 from parallama.errors import Unavailable
 from parallama.pipeline import Pipeline
+from parallama.resp import RedisError
 from parallama.stores import connect_redis
 from tests.parallama.servers import COUNT, Load, Odd, Watched, a_config, free_port
 from tests.parallama.test_changes import BOUND, watching

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from parallama import resp
 from parallama.config import Config, load
 from parallama.errors import ParallamaError
 from parallama.stores import connect_redis, socket_path, valkey_socket
+from tests.parallama.servers import Server
 from tests.valkey import Valkey
 
 
@@ -49,16 +49,65 @@ def test_without_a_host_it_is_the_embedded_one(tmp_path: Path, server: Valkey) -
 def test_with_a_host_it_is_that_one(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("s3cret\n")
     (tmp_path / "secret").chmod(0o600)
-    config = a_config(
-        tmp_path, "redis: {host: redis.example, port: 7000, db: 3, password_file: secret}"
-    )
-    told = connect_redis(config).connection_pool.connection_kwargs
-    assert {name: told[name] for name in ("host", "port", "db", "password")} == {
-        "host": "redis.example",
-        "port": 7000,
-        "db": 3,
-        "password": "s3cret",
-    }
+
+    async def story(config: Config) -> None:
+        async with connect_redis(config) as redis:
+            await redis.run("SET", "here", "1")
+
+    with Server(tmp_path / "v", "requirepass s3cret", password="s3cret") as server:
+        told = f"host: 127.0.0.1, port: {server.port}, db: 3, password_file: secret"
+        asyncio.run(story(a_config(tmp_path, f"redis: {{{told}}}")))
+        server.do.select(3)
+        assert server.do.get("here") == b"1"
+
+
+def test_after_a_refusal_it_goes_on_and_after_a_loss_it_comes_back(
+    tmp_path: Path, server: Valkey
+) -> None:
+    async def story() -> None:
+        async with connect_redis(a_config(tmp_path)) as redis:
+            with pytest.raises(resp.Refused, match="unknown command"):
+                await redis.run("NONSENSE")
+            one = await redis.run("CLIENT", "ID")
+            with pytest.raises(resp.Refused, match="wrong number"):
+                await redis.run("GET")
+            assert await redis.run("CLIENT", "ID") == one
+            server.stop()
+            with pytest.raises(resp.Unreachable):
+                await redis.ping()
+            server.start()
+            assert await redis.ping()
+
+    asyncio.run(story())
+
+
+def test_an_answer_that_came_too_late_is_nobodys(tmp_path: Path, server: Valkey) -> None:
+    config = a_config(tmp_path, "redis: {timeout_seconds: 0.2}")
+
+    async def story() -> None:
+        async with connect_redis(config) as redis:
+            await redis.run("SET", "a", "of the first")
+            await redis.run("SET", "b", "of the second")
+            server.pause(signal.SIGSTOP)
+            with pytest.raises(resp.Late):
+                await redis.run("GET", "a")
+            waiting = asyncio.create_task(redis.run("GET", "a"))
+            await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.wait((waiting,))
+            server.pause(signal.SIGCONT)
+            assert await redis.run("GET", "b") == b"of the second"
+
+    asyncio.run(story())
+
+
+def test_many_may_ask_at_once(tmp_path: Path, server: Valkey) -> None:
+    async def story() -> None:
+        async with connect_redis(a_config(tmp_path)) as redis:
+            answers = await asyncio.gather(*(redis.run("INCR", "n") for _ in range(50)))
+            assert answers == [*range(1, 51)]
+
+    asyncio.run(story())
 
 
 def test_a_server_that_is_away_is_an_error_at_once_and_tried_once(tmp_path: Path) -> None:
@@ -67,7 +116,7 @@ def test_a_server_that_is_away_is_an_error_at_once_and_tried_once(tmp_path: Path
     async def story() -> float:
         async with connect_redis(a_config(tmp_path)) as redis:
             begun = time.monotonic()
-            with pytest.raises(RedisConnectionError):
+            with pytest.raises(resp.Unreachable):
                 await redis.ping()
             return time.monotonic() - begun
 
@@ -82,7 +131,7 @@ def test_a_silent_server_costs_no_more_than_the_time_out(tmp_path: Path, server:
             await redis.ping()
             server.pause(signal.SIGSTOP)
             begun = time.monotonic()
-            with pytest.raises(RedisTimeoutError):
+            with pytest.raises(resp.Late):
                 await redis.ping()
             waited = time.monotonic() - begun
             server.pause(signal.SIGCONT)

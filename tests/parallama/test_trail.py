@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[2]
              "flags": ("upstream_connection_failure", "upstream_retry_limit_exceeded"),
              "upstream": "", "lua": None, "first_byte": None},
             {"status": 503, "response_flags": "UF,URX", "upstream": None, "lua": None,
-             "upstream_first_us": None},
+             "upstream_first_us": None, "tries": 0},
             id="the upstream is down",
         ),
         pytest.param(
@@ -56,6 +56,11 @@ ROOT = Path(__file__).parents[2]
             {"lua": {**STREAM, c.MODEL: 'ü🦙"\\\n\x01'}},
             {"lua": {**STREAM, c.MODEL: 'ü🦙"\\\n\x01'}},
             id="names",
+        ),
+        pytest.param(
+            {"lua": {**STREAM, c.REQUESTED_MODEL: "gpt-4"}},
+            {"lua": {**STREAM, c.REQUESTED_MODEL: "gpt-4"}},
+            id="a name that is mapped",
         ),
         pytest.param({"upstream": "::1"}, {"upstream": "[::1]:11434"}, id="IPv6"),
         pytest.param({"who": {}}, {"who": {}}, id="nobody"),
@@ -244,6 +249,13 @@ def test_a_letter_is_read_as_it_was_written(letter: Letter) -> None:
     text = letter.dump()
     assert text.count(b"\n") == 1
     assert Letter.load(text) == letter
+
+
+def test_a_letter_from_before_a_column_was_added_is_read() -> None:
+    letter = Letter("why", row=a_record("r1"))
+    told = json.loads(letter.dump())
+    assert told["row"].pop("requested_model", "none") is None
+    assert Letter.load(json.dumps(told).encode()) == letter
 
 
 @pytest.mark.parametrize("text", [b"", b"{}", b"7", b'{"row": {}}', b'{"reason": "x", "line": 7}'])

@@ -187,6 +187,21 @@ def test_ollama_gets_one_sentence():
     assert json.loads(refused("ollama").raw_body) == {"error": "Too fast."}
 
 
+def test_anthropics_form_names_the_request():
+    answer = Refused("insufficient_quota", "All is spent.", 48, False, None, None)
+    sent = RateLimitResponse.FromString(wire.refused(answer, "anthropic", request_id="r-1"))
+    assert json.loads(sent.raw_body) == {
+        "type": "error",
+        "error": {"type": "rate_limit_error", "message": "All is spent."},
+        "request_id": "r-1",
+    }
+
+
+@pytest.mark.parametrize("dialect", ["ollama", "openai", "anthropic"])
+def test_a_call_may_be_of_any_dialect(dialect):
+    assert parsed(request({**RESERVE, "dialect": dialect})).dialect == dialect
+
+
 def test_what_a_charge_teaches():
     entries = {
         "user": "u1", "key": "k", "gateway": "openai", "reservation": "r1", "model": "m",

@@ -4,15 +4,19 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import stat
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import yaml
 
+from parallama.roles import Role
 from parallama.supervisor.envoy_files import packaged
-from tests.e2e.gateway import Gateway, Someone, says, until
+from tests.e2e.gateway import Gateway, Json, Someone, says, until
 from tests.standin import StandIn
 from tests.supervisor.supervised import CHAT, refused, up, wait_for_event
 
@@ -29,7 +33,8 @@ def upstream() -> Iterator[StandIn]:
 def gateway(tmp_path_factory: pytest.TempPathFactory, upstream: StandIn) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("up")
     shutil.copytree(packaged(), folder / "envoy")
-    with up(folder, upstream, "envoy: {dir: envoy}\n") as running:
+    settings = "envoy: {dir: envoy}\nauthentication: {refresh_grace_seconds: 60}\n"
+    with up(folder, upstream, settings) as running:
         yield running
 
 
@@ -118,14 +123,28 @@ def test_a_second_up_on_the_same_folder_is_refused(gateway: Gateway) -> None:
     assert gateway.http.get("/healthz").status_code == 200
 
 
+def logged_in(gateway: Gateway) -> Json:
+    """The tokens of a new admin."""
+    admin = gateway.someone(role=Role.ADMIN)
+    password = {"password": "correct horse battery"}
+    set_to = admin.ask("PUT", f"/admin/v1/users/{admin.user_id}/password", json=password)
+    assert set_to.status_code == 200, set_to.text
+    answer = gateway.http.post("/auth/login", json={"username": admin.name, **password})
+    assert answer.status_code == 200, answer.text
+    told: Json = answer.json()
+    return told
+
+
 def test_all_python_processes_together_stay_small(gateway: Gateway, someone: Someone) -> None:
+    """With everything in use: log-ins and tokens bring along most of what there is to load."""
+    token = {"authorization": f"Bearer {logged_in(gateway)['access_token']}"}
     for _ in range(100):
         assert someone.get("/v1/models").status_code == 200
+        assert someone.post("/v1/chat/completions", CHAT).status_code == 200
+        assert gateway.http.get("/admin/v1/users", headers=token).status_code == 200
     sizes = python_processes(gateway)
-    assert sizes.pop("parallama.admin") < 125  # which models can be served without
-    assert len(sizes) == 4
-    assert sum(sizes.values()) < 270, sizes
-    assert sizes["parallama.supervisor"] < 50, sizes
+    assert len(sizes) == 5
+    assert sum(sizes.values()) < 250, sizes
 
 
 @pytest.mark.parametrize("name", CHILDREN)
@@ -275,3 +294,31 @@ def test_envoys_own_copies_reload_when_renamed_into_place(
     until(lambda: "update rejected" in gateway.log())
     assert gateway.http.get("/hello").text == "hello"
     assert works(someone)
+
+
+def test_who_never_saw_the_answer_to_a_refresh_asks_again(gateway: Gateway) -> None:
+    """The admin process is killed once the database has the successor of a refresh token."""
+    told = logged_in(gateway)
+    body = {"refresh_token": told["refresh_token"]}
+    query = "SELECT count(*) FROM refresh_tokens WHERE replaced_at IS NOT NULL"
+    with (
+        closing(sqlite3.connect(f"file:{gateway.config.database.path}?mode=ro", uri=True)) as db,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        before = db.execute(query).fetchone()
+        asked = thread.submit(gateway.http.post, "/auth/refresh", json=body)
+        while db.execute(query).fetchone() == before and not asked.done():
+            pass  # what is killed now may not have answered yet
+        os.kill(gateway.child("admin"), signal.SIGKILL)
+        asked.exception()  # however far it came, it is lost
+        assert db.execute(query).fetchone() != before
+
+    def refreshed() -> Json | None:
+        answer = gateway.http.post("/auth/refresh", json=body)
+        return answer.json() if answer.status_code == 200 else None
+
+    again = until(refreshed)
+    token = {"authorization": f"Bearer {again['access_token']}"}
+    assert gateway.http.get("/auth/me", headers=token).status_code == 200
+    onward = gateway.http.post("/auth/refresh", json={"refresh_token": again["refresh_token"]})
+    assert onward.status_code == 200

@@ -192,4 +192,4 @@ def test_an_upstream_over_tls_is_verified(tmp_path: Path) -> None:
             # The same server, by a name that is not in its certificate.
             config.write_text(config.read_text().replace("//localhost", "//127.0.0.1"))
             gateway.process.send_signal(signal.SIGHUP)
-            until(lambda: someone.get("/v1/models").status_code == 503)
+            until(lambda: someone.get("/api/status").status_code == 503)

@@ -22,6 +22,7 @@ def facts(id: str = "r1", **others: Any) -> Json:
         "response_flags": "-",
         "start_us": f"{START}500000",
         "status": 200,
+        "tries": 1,
         "upstream": "127.0.0.1:11434",
         "upstream_first_us": 200_000,
         "v": 1,

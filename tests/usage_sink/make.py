@@ -61,6 +61,7 @@ def an_entry(
     if upstream:
         common.upstream_remote_address.socket_address.address = upstream
         common.upstream_remote_address.socket_address.port_value = 11434
+        common.upstream_request_attempt_count = 1
     common.upstream_cluster = "upstream"
     common.intermediate_log_entry = intermediate
     for flag in flags:

@@ -53,7 +53,14 @@ def test_a_finished_stream_field_by_field() -> None:
         compute_ms=812.5,
         upstream_host="127.0.0.1:11434",
         cost=None,
+        attempts=1,
     )
+
+
+def test_a_name_that_is_mapped_is_kept_beside_the_model_that_it_means() -> None:
+    at = row(an_entry(lua={**STREAM, c.REQUESTED_MODEL: "gpt-4"}))
+    assert (at.model_name, at.requested_model) == ("llama3", "gpt-4")
+    assert row(an_entry()).requested_model is None
 
 
 def test_a_call_that_spends_nothing_is_a_row_as_well() -> None:
@@ -287,7 +294,8 @@ def test_names_are_taken_as_they_are(text: str) -> None:
 
 
 def test_an_upstream_that_was_never_reached_has_no_address() -> None:
-    assert row(an_entry(upstream="")).upstream_host is None
+    nowhere = row(an_entry(upstream=""))
+    assert (nowhere.upstream_host, nowhere.attempts) == (None, None)
 
 
 def test_an_address_is_written_as_envoy_writes_it() -> None:

@@ -89,6 +89,11 @@ async def logout(visit: Visitor, given: Logout | None = None) -> None:
             await visit.office.sessions.logout(desk, given.refresh_token)
         elif visit.token_id is not None:
             await sessions.end_session(desk, visit.token_id, settings)
+        elif visit.outside_token:
+            raise UsageError(
+                "this access token is of another issuer, where its session has to be ended: here "
+                "it is good until it expires, unless `everywhere` ends all that were issued so far"
+            )
         else:
             raise UsageError("a key has no session: name a refresh_token, or revoke the key")
 

@@ -1,4 +1,4 @@
-"""`/admin/v1/model-mappings`. They are kept and listed; requests do not follow them yet."""
+"""`/admin/v1/model-mappings`: those of the database, which counts before the configuration."""
 
 from typing import Annotated
 
@@ -29,10 +29,16 @@ async def list_mappings(
 
 @router.post("")
 async def set_mapping(given: NewMapping, visit: Writes, response: Response) -> Mapping:
-    """In place of the one that the name had. Requests do not follow it yet: later ones will."""
+    """In place of the one that the name had. Requests follow it within a second."""
+    told = visit.office.config.api_gateways
     async with visit.working() as desk:
         made = await mappings.set_mapping(
-            desk, given.gateway, given.external_model, given.internal_model
+            desk,
+            given.gateway,
+            given.external_model,
+            given.internal_model,
+            configured=told.model_mappings.get(given.gateway, {}),
+            default=told.default_models.get(given.gateway),
         )
     response.headers["etag"] = etag(made)
     return made

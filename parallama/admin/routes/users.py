@@ -110,6 +110,14 @@ async def set_password(user: str, given: NewPassword, visit: Updates, response: 
     return changed
 
 
+@router.post("/{user}/unlock")
+async def unlock(user: str, visit: Updates) -> User:
+    """Let the user log in at once, who has to wait for wrong passwords; none who may do more."""
+    check_gives(visit.permissions, await account_of(visit, user), "this user may do more")
+    async with visit.working() as desk:
+        return await sessions.unlock(desk, user, visit.office.sessions.lockout)
+
+
 @router.post("/{user}/log-out")
 async def log_out(
     user: str, visit: Annotated[Visit, needs("tokens:revoke", own=True)], response: Response

@@ -61,7 +61,7 @@ class Sessions:
     ) -> None:
         self._settings = settings
         self._signing = signing
-        self._lockout = lockout
+        self.lockout = lockout
         self._checker = checker
         self._random_bytes = random_bytes
 
@@ -149,7 +149,7 @@ class Sessions:
         self, engine: AsyncEngine, username: str, password: str, address: str
     ) -> Any:
         """The user's row. Only with a place at the checker."""
-        attempt = await self._lockout.attempt(username, address)
+        attempt = await self.lockout.attempt(username, address)
         try:
             known = await _by_name(engine, username)
             stored = None if known is None else known.password_hash
@@ -158,14 +158,14 @@ class Sessions:
             )
             good = await self._checker.run(check)
         except Unavailable:
-            await self._lockout.void(attempt)
+            await self.lockout.void(attempt)
             raise
         if known is None or not good or known.disabled_at is not None:
             # Not the name that was typed: it may be a password.
             who = None if known is None else known.username
             log.info("log-in refused", extra={"user": who, "address": address})
             raise _refused()
-        await self._lockout.succeeded(attempt)
+        await self.lockout.succeeded(attempt)
         return known
 
     async def _add(self, work: Work, user: Any, *, family: str) -> "_Made":
@@ -227,6 +227,17 @@ async def end_session(desk: Desk, jti: str, settings: Authentication) -> None:
         )
 
 
+async def unlock(desk: Desk, who: str, lockout: Lockout) -> people.User:
+    """
+    Let a user try to log in again at once, who has to wait for wrong passwords. Addresses wait on.
+    """
+    async with desk.writing() as work:
+        user = await people.find_user(work.connection, who)
+        await work.record("users.unlock", user.username, id=user.id, before=user, after=user)
+        await lockout.unlock(user.username)  # where that cannot be done nothing is recorded
+    return user
+
+
 async def revoke_token(
     desk: Desk, jti: str, settings: Authentication, *, issuer: str | None = None
 ) -> None:
@@ -238,8 +249,9 @@ async def revoke_token(
         user_id = None
         if issuer is None and names.looks_like_id(jti):
             query = select(table.c.user_id).where(table.c.id == jti.lower())
-            user_id = (await work.connection.execute(query)).scalar_one_or_none()
-            user_id = None if user_id is None else (await _locked(work, user_id)).id
+            found = (await work.connection.execute(query)).scalar_one_or_none()
+            user = None if found is None else await _locked(work, found)
+            user_id = None if user is None else user.id
         await _refuse(desk, work, jti, issuer or settings.token_issuer, user_id, work.now + life)
         await work.record("tokens.revoke", jti, id=user_id, after={"issuer": issuer})
         work.changed("token", jti)

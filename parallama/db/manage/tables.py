@@ -291,7 +291,7 @@ gateway_usage_logs = Table(
     Column("gateway_type", String(50), nullable=False),
     Column("dialect", String(50), nullable=False),
     Column("endpoint", String(255), nullable=False),
-    Column("model_name", Text),  # as the client sent it: any length
+    Column("model_name", Text),  # any length
     Column("served_model", Text),
     Column("prompt_tokens", BigInteger),
     Column("completion_tokens", BigInteger),
@@ -311,6 +311,9 @@ gateway_usage_logs = Table(
     Column("cost", Money),  # NULL: the model has no price
     Column("grants", Text),  # NULL: limits paid for everything
     Column("decision", Text),  # why it was let in or refused, as JSON
+    Column("requested_model", Text),  # NULL: model_name is as the client sent it, or nobody did
+    Column("attempts", Integer),  # NULL: no server was asked
+    Column("reasoning_tokens", BigInteger),
     Index(None, "user_id", "timestamp"),
     # Rows that stand for lost ones: found without looking at the others.
     Index(
@@ -326,8 +329,8 @@ model_mappings = Table(
     metadata,
     Column("id", Id, primary_key=True),
     Column("gateway_type", String(50), nullable=False),
-    Column("external_model", String(255), nullable=False),
-    Column("internal_model", String(255), nullable=False),
+    Column("external_model", String(256), nullable=False),
+    Column("internal_model", String(256), nullable=False),
     Column("created_at", UtcTime, nullable=False),
     Column("updated_at", UtcTime, nullable=False),
     UniqueConstraint("gateway_type", "external_model"),

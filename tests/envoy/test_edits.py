@@ -1,4 +1,4 @@
-"""facts.lua and splice.lua together: a stream asks for its usage, and every other byte stays."""
+"""facts.lua edits: a stream asks for its usage, and every other byte stays."""
 
 import json
 
@@ -6,16 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.envoy.lua_host import Filter, Passed, chat, ollama
+from tests.envoy.lua_host import Filter, Passed, chat
 from tests.examples import examples
 
-FACTS, SPLICE = Filter("facts"), Filter("splice")
+FACTS = Filter("facts")
 
 
 def through(body: bytes, **more: object) -> Passed:
     read = FACTS.request(body, chat(**more), {"content-length": str(len(body))})
     assert read.answer is None, read.answer
-    return SPLICE.request(body, read.metadata, read.headers)
+    return read
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,6 @@ def test_a_client_that_asks_keeps_its_body() -> None:
     passed = through(body)
     assert passed.body == body
     assert passed.facts["stream_usage"] == "client"
-    assert "splice_at" not in passed.facts
 
 
 @pytest.mark.parametrize(
@@ -99,11 +98,6 @@ def test_what_cannot_be_edited_safely_is_refused(options: bytes) -> None:
     ).answer
     assert answer
     assert answer.status == 400
-
-
-def test_nothing_to_do_without_facts() -> None:
-    assert SPLICE.request(b"any", ollama()).body == b"any"
-    assert SPLICE.request(None, {}).body == b""
 
 
 JSON = st.recursive(
