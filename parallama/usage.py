@@ -65,8 +65,13 @@ class UsageRecord:
 
     @property
     def admitted(self) -> bool:
-        """Neither authz nor a limit refused it, and both could be asked."""
-        return not self.flags or set(NOT_ADMITTED).isdisjoint(self.flags.split(","))
+        """
+        Neither authz nor a limit refused it, and both could be asked. What was refused for its body
+        has no flag, and no server was looked for.
+        """
+        if not self.flags:
+            return self.upstream_host is not None or self.token_source == "unknown"  # noqa: S105
+        return set(NOT_ADMITTED).isdisjoint(self.flags.split(","))
 
     @property
     def spent(self) -> "Spent":

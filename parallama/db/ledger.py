@@ -82,7 +82,13 @@ WHERE id = ? AND (last_used_at IS NULL OR last_used_at <= ?)
 """
 # A key's last use is known to the minute: most batches have none to note.
 _USED_STEP = timedelta(minutes=1)
-_ADMITTED = "\n  ".join(f"AND ',' || flags || ',' NOT LIKE '%,{flag},%'" for flag in NOT_ADMITTED)
+# As UsageRecord.admitted says it.
+_ADMITTED = "\n  ".join(
+    (
+        "AND (flags <> '' OR upstream_host IS NOT NULL OR token_source = 'unknown')",
+        *(f"AND ',' || flags || ',' NOT LIKE '%,{flag},%'" for flag in NOT_ADMITTED),
+    )
+)
 _SUMS = """
 SELECT {} AS span, gateway_type, model_name, key_id, grants, COUNT(*),
        {} AS "tokens [sum]",

@@ -102,8 +102,11 @@ class Pair:
                     for token in given:
                         sent = time.monotonic()
                         headers = {"authorization": f"Bearer {token}"}
-                        answer = client.post("/api/chat", json=CHAT, headers=headers)
-                        told.append((sent, answer.status_code))
+                        try:
+                            code = client.post("/api/chat", json=CHAT, headers=headers).status_code
+                        except httpx.RemoteProtocolError:
+                            code = 200  # it was let in, and its answer cut
+                        told.append((sent, code))
 
         with ThreadPoolExecutor(2) as pool:
             hammering = [pool.submit(hammer, gateway) for gateway in self.gateways]

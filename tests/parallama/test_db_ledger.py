@@ -393,8 +393,9 @@ def test_what_was_used_is_added_up_by_gateway_model_key_and_grants(db: Database)
         a_record("too many", flags="RL"),
         a_record("not allowed", flags="DC,UAEX"),
         a_record("not asked", flags="RLSE,DC"),
+        a_record("not read", flags="", upstream_host=None),
     ]
-    assert [row.admitted for row in rows[-4:]] == [True, False, False, False]
+    assert [row.admitted for row in rows[-5:]] == [True, False, False, False, False]
 
     async def work(at: Opened) -> None:
         await ledger.add(at.store, rows)
