@@ -92,12 +92,12 @@ def at_once(someone: Someone, count: int, path: str = "/v1/chat/completions") ->
 
 
 def test_calls_at_once_are_shared(pair: Pair) -> None:
-    someone, calls = pair.gateway.someone(), 60
+    someone, calls = pair.gateway.someone(), 400
     with ThreadPoolExecutor(4) as threads:
         asked = [threads.submit(someone.post, "/api/chat", PLAIN) for _ in range(calls)]
         assert {each.result().status_code for each in asked} == {200}
     assert sum(pair.calls()) == calls
-    assert all(calls * 0.3 <= each <= calls * 0.7 for each in pair.calls()), pair.calls()
+    assert all(calls * 0.4 <= each <= calls * 0.6 for each in pair.calls()), pair.calls()
 
 
 def test_a_host_that_works_is_spared(pair: Pair) -> None:

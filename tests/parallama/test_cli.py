@@ -326,6 +326,7 @@ def test_usage_has_the_promised_fields(cli: Parallama) -> None:
         "time_to_first_token": 0.25, "compute_ms": 900.0, "upstream_host": "127.0.0.1:11434",
         "cost": None, "grants": None, "decision": {"known_at": 1.5}, "requested_model": None,
         "attempts": None,
+        "reasoning_tokens": None,
     }  # fmt: skip
 
 
