@@ -13,6 +13,7 @@ _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _PRIORITY, _RST_STREAM, _SETTINGS = 0, 1, 2, 3, 4
 _PUSH_PROMISE, _PING, _GOAWAY, _WINDOW_UPDATE, _CONTINUATION = 5, 6, 7, 8, 9
 _END_STREAM, _ACK, _END_HEADERS, _PADDED, _WITH_PRIORITY = 0x1, 0x1, 0x4, 0x8, 0x20
+_PLAIN = _END_HEADERS | _PADDED | _WITH_PRIORITY  # headers in one frame have the first alone
 _HEADER_TABLE_SIZE, _MAX_STREAMS, _INITIAL_WINDOW, _MAX_FRAME = 1, 3, 4, 5
 _NO_ERROR, _PROTOCOL_ERROR, _FLOW_CONTROL_ERROR, _STREAM_CLOSED = 0, 1, 3, 5
 _FRAME_SIZE_ERROR, _REFUSED_STREAM, _COMPRESSION_ERROR, _ENHANCE_YOUR_CALM = 6, 7, 9, 11
@@ -207,16 +208,20 @@ class Connection(asyncio.Protocol):
             end = at + 9 + length
             if end > size:
                 break
-            self._take(kind, flags, number & _LARGEST_INT, data[at + 9 : end])
+            payload = data[at + 9 : end]
+            if self._block is None and kind == _DATA:
+                self._take_data(flags, number & _LARGEST_INT, payload)
+            elif self._block is None and kind == _HEADERS and flags & _PLAIN == _END_HEADERS:
+                self._take_block(flags, number & _LARGEST_INT, payload)
+            else:
+                self._take(kind, flags, number & _LARGEST_INT, payload)
             at = end
         return at
 
     def _take(self, kind: int, flags: int, number: int, payload: bytes) -> None:
         if self._block is not None and kind != _CONTINUATION:
             raise _Broken(_PROTOCOL_ERROR, "a header block was not continued")
-        if kind == _DATA:
-            self._take_data(flags, number, payload)
-        elif kind == _HEADERS:
+        if kind == _HEADERS:
             self._take_headers(flags, number, payload)
         elif kind == _CONTINUATION:
             self._take_continuation(flags, number, payload)
@@ -270,7 +275,9 @@ class Connection(asyncio.Protocol):
             self._take_block(begun_with, number, bytes(block))
 
     def _take_block(self, flags: int, number: int, block: bytes) -> None:
-        path = self._path(block)  # of every block, for it may change the table of fields
+        path = self._paths.get(block)
+        if path is None:
+            path = self._path(block)  # of every block, for it may change the table of fields
         if number > self._last_stream:
             if number % 2 == 0:
                 raise _Broken(_PROTOCOL_ERROR, "a stream of an even number")
@@ -278,20 +285,18 @@ class Connection(asyncio.Protocol):
             if len(self.streams) >= _MOST_STREAMS:
                 self._reset(number, _REFUSED_STREAM)
                 return
-            self._open(number, path, ended=bool(flags & _END_STREAM))
+            stream = self.streams[number] = self._host.stream(path)
+            stream.connection, stream.number = self, number
+            stream.ended = bool(flags & _END_STREAM)
+            stream.opened()
+            if stream.ended and stream.open:
+                stream.take(b"")
         elif number == 0:
             raise _Broken(_PROTOCOL_ERROR, "headers of no stream")
         elif number in self.streams:
             self._take_trailers(self.streams[number], flags)
         else:
             self._reset(number, _STREAM_CLOSED)
-
-    def _open(self, number: int, path: str, *, ended: bool) -> None:
-        stream = self.streams[number] = self._host.stream(path)
-        stream.connection, stream.number, stream.ended = self, number, ended
-        stream.opened()
-        if ended and stream.open:
-            stream.take(b"")
 
     def _take_trailers(self, stream: Stream, flags: int) -> None:
         if stream.ended:
@@ -302,9 +307,6 @@ class Connection(asyncio.Protocol):
         stream.take(b"")
 
     def _path(self, block: bytes) -> str:
-        path = self._paths.get(block)
-        if path is not None:
-            return path
         try:
             fields = dict(self._decoder.decode(block, raw=True))
         except hpack.HPACKError as error:

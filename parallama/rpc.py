@@ -13,20 +13,47 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
 from contextlib import suppress
 from enum import IntEnum
+from typing import Any
 from urllib.parse import quote
 
 from parallama import http2
 
 log = logging.getLogger(__name__)
 
+
+class Later:
+    """
+    An answer that `then` makes once `asked` is done, or finds that more has to be awaited for it.
+
+    Nothing is cancelled when the client leaves: it is an answer that nobody got, see Undo.
+    """
+
+    __slots__ = ("asked", "then")
+
+    def __init__(
+        self, asked: "asyncio.Future[Any]", then: Callable[[], "bytes | Awaitable[bytes]"]
+    ) -> None:
+        self.asked = asked
+        self.then = then
+
+    def __await__(self) -> Generator[Any, None, bytes]:
+        return self._made().__await__()
+
+    async def _made(self) -> bytes:
+        await asyncio.wait((self.asked,))
+        answer = self.then()
+        return answer if isinstance(answer, bytes) else await answer
+
+
 Unary = Callable[[bytes], bytes | Awaitable[bytes]]
 """
 A serialised request in, a serialised answer out; at once where nothing has to be waited for.
 
-What is awaited is cancelled when the client leaves. Any exception but RpcError is INTERNAL.
+What is awaited is cancelled when the client leaves, but for what `Later` waits for, which costs no
+task. Any exception but RpcError is INTERNAL.
 """
 
 Undo = Callable[[bytes], None]
@@ -75,7 +102,6 @@ class _Call(http2.Stream):
 
     def __init__(self, server: "Server") -> None:
         self._server = server
-        self._body = bytearray()
 
     def answer(self, message: bytes) -> None:
         body = b"".join((b"\0", len(message).to_bytes(4, "big"), message))
@@ -117,10 +143,12 @@ class _Call(http2.Stream):
 
 class _UnaryCall(_Call):
     def __init__(self, server: "Server", method: Unary, undo: Undo | None) -> None:
-        super().__init__(server)
+        self._server = server
         self._method = method
         self._undo = undo
+        self._body: bytes | bytearray = b""
         self._request = b""
+        self._then: Callable[[], bytes | Awaitable[bytes]]
         self.wants_untaken = undo is not None
 
     def untaken(self) -> None:
@@ -129,6 +157,7 @@ class _UnaryCall(_Call):
 
     def take(self, data: bytes) -> None:
         if self._body or not self.ended:
+            self._body = self._body or bytearray()
             self._body += data
             if len(self._body) > _LARGEST_MESSAGE + 5:
                 self.fail(_TOO_LARGE)
@@ -142,6 +171,29 @@ class _UnaryCall(_Call):
         except Exception as error:
             self.fail(error)
             return
+        if isinstance(answer, Later):
+            self._then = answer.then
+            self._server.tasks.add(answer.asked)
+            answer.asked.add_done_callback(self._asked)
+        else:
+            self._give(answer)
+
+    def _asked(self, asked: "asyncio.Future[Any]") -> None:
+        self._server.tasks.discard(asked)
+        self._server.changed()
+        if asked.cancelled():
+            self._done(asked)
+        elif self.open:
+            try:
+                answer = self._then()
+            except Exception as error:
+                self.fail(error)
+            else:
+                self._give(answer)
+        elif asked.exception() is None:
+            self.untaken()
+
+    def _give(self, answer: bytes | Awaitable[bytes]) -> None:
         if isinstance(answer, bytes):
             self.answer(answer)
         else:
@@ -152,6 +204,7 @@ class _StreamCall(_Call):
     def __init__(self, server: "Server", consume: ClientStream) -> None:
         super().__init__(server)
         self._consume = consume
+        self._body = bytearray()
         self._needed = 5  # bytes of body, before the next message can be whole
         self._messages: asyncio.Queue[bytes | None] = asyncio.Queue()
 
@@ -272,7 +325,8 @@ class Server:
                     await self._change.wait()
 
     def changed(self) -> None:
-        self._change.set()
+        if not self.serving:  # or else nobody waits for that
+            self._change.set()
 
     def stream(self, path: str) -> http2.Stream:
         method = self._methods.get(path)

@@ -13,6 +13,10 @@ from ratelimit import rules
 
 
 class Policies(Protocol):
+    def known(self, user: str) -> Policy | None:
+        """What is remembered; None where somebody has to be asked."""
+        ...
+
     async def policy_of(self, user: str) -> Policy:
         """Limits and grants of a user by id, defaults included. Raises Unavailable."""
         ...

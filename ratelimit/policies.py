@@ -23,6 +23,10 @@ class Policies:
         self._load = load
         self._cache: Cache[str, Policy] = Cache(size=size)
 
+    def known(self, user: str) -> Policy | None:
+        """What is remembered; None where the database has to be asked."""
+        return self._cache.peek(user)
+
     async def policy_of(self, user: str) -> Policy:
         """Raises Unavailable."""
         return await self._cache.get(user, lambda: self._read(user)) or NOTHING

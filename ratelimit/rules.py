@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
 from itertools import product
+from typing import NamedTuple
 
 from parallama.buckets import Bucket as Bucket
 from parallama.buckets import buckets as buckets
@@ -27,8 +28,7 @@ _LONGEST_NAME = 80
 _HELD_RETRY = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Reserve:
+class Reserve(NamedTuple):
     """A call that wants to spend. `max_tokens` is None where the client named no maximum."""
 
     user: str
@@ -42,8 +42,7 @@ class Reserve:
     request_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class Settle:
+class Settle(NamedTuple):
     """
     A call that ended, the tokens it really used, and what is to be learned from it. `grants` is as
     in UsageRecord.
@@ -63,8 +62,7 @@ class Settle:
     grants: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
+class Need(NamedTuple):
     """What a call may use: tokens of prompt and answer, compute in ms, money in billionths."""
 
     prompt: int
@@ -89,8 +87,7 @@ class Need:
                 return 1
 
 
-@dataclass(frozen=True, slots=True)
-class Level:
+class Level(NamedTuple):
     """What a bucket holds after a decision. `full`: it had no room for the call."""
 
     bucket: Bucket
@@ -115,8 +112,7 @@ class Level:
         return self.full and not self.bucket.limit.shadow
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
+class Room(NamedTuple):
     """The tightest limit of one unit: the amount, what is left of it, seconds until it resets."""
 
     limit: int
@@ -124,8 +120,7 @@ class Room:
     resets_in: int
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
+class Admitted(NamedTuple):
     """
     `granted` tokens are held. `cap` is how many of them the answer may have; None leaves it alone.
 
@@ -156,7 +151,7 @@ class Refused:
 
 def paid_by(met: Iterable[Bucket]) -> str:
     """The grants among these, as UsageRecord says it."""
-    return ",".join(f"{at.limit.unit}:{at.grant}" for at in met if at.grant)
+    return ",".join([f"{at.limit.unit}:{at.grant}" for at in met if at.grant])
 
 
 def instead(
@@ -191,8 +186,8 @@ def admit(
         _room(levels, Unit.REQUESTS, now),
         _room(levels, Unit.TOKENS, now),
         cap,
-        tuple(describe(level.bucket.limit) for level in levels if level.full),
-        paid_by(level.bucket for level in levels),
+        tuple([describe(level.bucket.limit) for level in levels if level.full]),
+        paid_by([level.bucket for level in levels]),
         decision,
     )
 
@@ -279,16 +274,17 @@ def _stands_in_the_way(level: Level) -> tuple[bool, bool, int]:
 
 def _room(levels: Iterable[Level], unit: Unit, now: float) -> Room | None:
     """Of limits with equally much left, the one that takes longest to reset."""
-    tight: Level | None = None
-    for level in levels:
-        limit = level.bucket.limit
-        if limit.unit is not unit or limit.shadow:
-            continue
-        if tight is None or (level.left, -level.bucket.end) < (tight.left, -tight.bucket.end):
-            tight = level
+    tight: tuple[int, int, int] | None = None
+    for bucket, used, reserved, _ in levels:
+        limit = bucket.limit
+        if limit.unit is unit and not limit.shadow:
+            room = max(0, limit.amount - used - reserved), -bucket.end, limit.amount
+            if tight is None or room < tight:
+                tight = room
     if tight is None:
         return None
-    return Room(tight.bucket.limit.amount, tight.left, _seconds_until(tight.bucket.end, now))
+    left, end, amount = tight
+    return Room(amount, left, _seconds_until(-end, now))
 
 
 def _seconds_until(end: int, now: float) -> int:

@@ -3,20 +3,20 @@
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import tzinfo
 from functools import partial
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 from parallama import rpc
 from parallama.clock import Clock
-from parallama.counters import NOT_KNOWN, Call, Counters
+from parallama.counters import NOT_KNOWN, TAKEN, Call, Counters
 from parallama.db.policies import Policy
 from parallama.errors import Unavailable
 from parallama.limits import Unit
-from parallama.prices import Prices, cost_of
+from parallama.prices import PriceList, Prices, cost_of
 from parallama.usage import Spent
 from ratelimit import rules, wire
 from ratelimit.charging import Charging, Policies
@@ -30,6 +30,8 @@ SHOULD_RATE_LIMIT = "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimi
 
 # How many calls are timed at once, to learn how long they take.
 _TIMED = 10_000
+# Of how many kinds of calls it is remembered where they have to find room.
+_ALIKE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,18 @@ class Decided:
     answer: rules.Admitted | rules.Refused | None
     levels: Sequence[rules.Level] = ()
     need: rules.Need | None = None
+
+
+class Met(NamedTuple):
+    """
+    Where calls that are alike have to find room, in one `minute`. `priced`: cost is among it, so
+    prices have to be known.
+    """
+
+    policy: Policy
+    minute: int
+    buckets: list[rules.Bucket]
+    priced: bool
 
 
 class RateLimit:
@@ -75,6 +89,7 @@ class RateLimit:
         self._outage = outage
         self._hard = hard
         self._begun: OrderedDict[str, Call] = OrderedDict()
+        self._met: dict[tuple[str, str, str, str], Met] = {}
         self._under_way: set[asyncio.Future[Any]] = set()
 
     def should_rate_limit(self, request: bytes) -> bytes | Awaitable[bytes]:
@@ -88,7 +103,17 @@ class RateLimit:
             self._learn(asked)
             self.settle(asked)
             return wire.SETTLED
-        return self._answer(asked)
+        policy = self._policies.known(asked.user)
+        if policy is None or self._outage.lasts():
+            return self._answer(asked)
+        now = self._clock()
+        met = self._buckets(asked, policy, now)
+        prices = self._prices.peek() if met.priced else None
+        if met.priced and prices is None:
+            return self._answer(asked)
+        need = self._need(asked, prices)
+        reply = self._reserve(asked, met.buckets, need, now)
+        return rpc.Later(reply, partial(self._replied, asked, met, need, now, reply))
 
     def untaken(self, request: bytes) -> None:
         """The client left while our yes was on its way: Envoy will settle nothing, so we do."""
@@ -101,13 +126,33 @@ class RateLimit:
         while self._under_way:
             await asyncio.wait(self._under_way)
 
-    async def _answer(self, ask: rules.Reserve) -> bytes:
+    def _replied(
+        self,
+        ask: rules.Reserve,
+        met: Met,
+        need: rules.Need,
+        now: float,
+        reply: "asyncio.Future[Sequence[int]]",
+    ) -> bytes | Awaitable[bytes]:
+        """What most calls hear is said at once: that there is room."""
+        if reply.exception() is None and reply.result()[0] == TAKEN:
+            levels, held = _levels(met.buckets, reply.result())
+            self._outage.ends(ask.user, levels)
+            return self._told(ask, self._admit(ask, met.policy, levels, held, need, now))
+        return self._answer(ask, self._judge(ask, met, need, now, reply))
+
+    async def _answer(
+        self, ask: rules.Reserve, deciding: Coroutine[Any, Any, Decided] | None = None
+    ) -> bytes:
         try:
-            answer = (await self.decide(ask)).answer
+            answer = (await (deciding or self.decide(ask))).answer
         except asyncio.CancelledError:
             # The client left while we asked. Envoy settles nothing then, so we do.
             self.settle(rules.Settle(ask.user, ask.request_id, 0))
             raise
+        return self._told(ask, answer)
+
+    def _told(self, ask: rules.Reserve, answer: rules.Admitted | rules.Refused | None) -> bytes:
         if answer is None:
             raise rpc.RpcError(rpc.Status.UNAVAILABLE, "limits cannot be checked")
         if isinstance(answer, rules.Refused):
@@ -126,78 +171,117 @@ class RateLimit:
         now = self._clock()
         try:
             policy = await self._policies.policy_of(ask.user)
-            met = rules.buckets(policy.limits, ask.gateway, ask.model, ask.key, now, self._zone)
-            need = await self._need(ask, met)
+            met = self._buckets(ask, policy, now)
+            need = self._need(ask, await self._prices.current() if met.priced else None)
         except Unavailable as error:
             return Decided(self._outage.without_limits(ask, error))
         if self._outage.lasts():
-            return Decided(self._outage.reserve(ask, met, need, now))
+            return Decided(self._outage.reserve(ask, met.buckets, need, now))
+        reply = self._reserve(ask, met.buckets, need, now, take=take)
+        return await self._judge(ask, met, need, now, reply, take=take)
+
+    async def _judge(
+        self,
+        ask: rules.Reserve,
+        met: Met,
+        need: rules.Need,
+        now: float,
+        reply: "asyncio.Future[Sequence[int]]",
+        *,
+        take: bool = True,
+    ) -> Decided:
+        """By what the counters reply; where they are full or do not know, more is asked of them."""
+        policy, buckets = met.policy, met.buckets
         try:
-            levels, held = await self._take(ask, policy, met, need, now, take)
+            levels, held = await self._sure(ask, policy, buckets, need, now, reply, take=take)
             first = levels
             for others in rules.instead(levels, policy.grants, ask.gateway, ask.model, now):
-                levels, held = await self._take(ask, policy, others, need, now, take)
+                reply = self._reserve(ask, others, need, now, take=take)
+                levels, held = await self._sure(ask, policy, others, need, now, reply, take=take)
                 if not any(level.refuses for level in levels):
                     break
         except Unavailable as error:
             self._outage.begins(error)
-            return Decided(self._outage.reserve(ask, met, need, now))
+            return Decided(self._outage.reserve(ask, buckets, need, now))
         self._outage.ends(ask.user, levels)
         if any(level.refuses for level in levels):
             why = rules.decision(rules.in_the_way(first), need, policy.read_at)
             return Decided(rules.refuse(first, now, f'"rule":"limit",{why}'), first, need)
+        return Decided(self._admit(ask, policy, levels, held, need, now), first, need)
+
+    def _admit(
+        self,
+        ask: rules.Reserve,
+        policy: Policy,
+        levels: Sequence[rules.Level],
+        held: int,
+        need: rules.Need,
+        now: float,
+    ) -> rules.Admitted:
         cap = self._cap(ask, held) if need.answer else None
         why = rules.decision(rules.tightest(levels), need, policy.read_at)
-        admitted = rules.admit(levels, ask.request_id, held, now, cap, why)
-        return Decided(admitted, first, need)
+        return rules.admit(levels, ask.request_id, held, now, cap, why)
 
-    async def _take(
+    def _reserve(
+        self,
+        ask: rules.Reserve,
+        met: list[rules.Bucket],
+        need: rules.Need,
+        now: float,
+        *,
+        take: bool = True,
+    ) -> "asyncio.Future[Sequence[int]]":
+        least = self._estimate.most_prompt(ask) + 1 if self._hard else 0
+        return self._counters.reserving(
+            _call(ask, now, rules.paid_by(met)),
+            [bucket.hold(need.of(bucket.limit.unit)) for bucket in met],
+            tokens=max(need.tokens, least),
+            least=least,
+            now=now,
+            take=take,
+        )
+
+    async def _sure(
         self,
         ask: rules.Reserve,
         policy: Policy,
         met: list[rules.Bucket],
         need: rules.Need,
         now: float,
+        reply: "asyncio.Future[Sequence[int]]",
+        *,
         take: bool,
     ) -> tuple[list[rules.Level], int]:
-        """What the buckets hold then, and how many tokens the call holds."""
-        call = _call(ask, now, rules.paid_by(met))
-        holds = [bucket.hold(need.of(bucket.limit.unit)) for bucket in met]
-        least = self._estimate.most_prompt(ask) + 1 if self._hard else 0
-        tokens = max(need.tokens, least)
-        reserve = partial(
-            self._counters.reserve, call, holds, tokens=tokens, least=least, now=now, take=take
-        )
-        taken = await reserve()
-        if not taken.known:
+        """What the buckets hold then, and how many tokens the call holds. Raises Unavailable."""
+        if (await reply)[0] == NOT_KNOWN:
             running = rules.running(policy.limits, policy.grants, now, self._zone)
             await self._rebuild(ask.user, running, now)
-            taken = await reserve()
-        if not taken.known:
-            raise Unavailable("the counters cannot be used: they were lost once more")
-        levels = [
-            rules.Level(bucket, level.used, level.reserved, level.full)
-            for bucket, level in zip(met, taken.levels, strict=True)
-        ]
-        return levels, taken.tokens
+            reply = self._reserve(ask, met, need, now, take=take)
+            if (await reply)[0] == NOT_KNOWN:
+                raise Unavailable("the counters cannot be used: they were lost once more")
+        return _levels(met, reply.result())
 
-    async def _need(self, ask: rules.Reserve, met: list[rules.Bucket]) -> rules.Need:
+    def _buckets(self, ask: rules.Reserve, policy: Policy, now: float) -> Met:
+        alike, minute = (ask.user, ask.gateway, ask.model, ask.key), int(now // 60)
+        met = self._met.get(alike)
+        if met is None or met.policy is not policy or met.minute != minute:
+            found = rules.buckets(policy.limits, ask.gateway, ask.model, ask.key, now, self._zone)
+            priced = any(bucket.limit.unit is Unit.COST for bucket in found)
+            if len(self._met) >= _ALIKE:
+                self._met.clear()
+            met = self._met[alike] = Met(policy, minute, found, priced)
+        return met
+
+    def _need(self, ask: rules.Reserve, prices: PriceList | None) -> rules.Need:
+        """With its cost where `prices` are given."""
         need = self._estimate.need(ask)
         if self._hard:
-            need = rules.Need(self._estimate.most_prompt(ask), need.answer, need.compute)
-        if any(bucket.limit.unit is Unit.COST for bucket in met):
-            cost = await self._cost(ask.model, need)
-            need = rules.Need(need.prompt, need.answer, need.compute, cost)
+            need = need._replace(prompt=self._estimate.most_prompt(ask))
+        price = prices.of(ask.model) if prices is not None else None
+        if price is not None:
+            cost = cost_of(price, need.prompt, need.answer, compute_ms=need.compute)
+            need = need._replace(cost=ceil(cost * Unit.COST.parts))
         return need
-
-    async def _cost(self, model: str, need: rules.Need) -> int:
-        """What the call may cost, in billionths; 0 where the model has no price."""
-        prices = self._prices.peek() or await self._prices.current()
-        price = prices.of(model)
-        if price is None:
-            return 0
-        cost = cost_of(price, need.prompt, need.answer, compute_ms=need.compute)
-        return ceil(cost * Unit.COST.parts)
 
     def _cap(self, ask: rules.Reserve, held: int) -> int | None:
         """How many tokens the answer may have."""
@@ -254,6 +338,13 @@ class RateLimit:
             self._begun.pop(end.reservation, None)
         except Unavailable as error:
             self._outage.owe(end, error)
+
+
+def _levels(met: Sequence[rules.Bucket], reply: Sequence[int]) -> tuple[list[rules.Level], int]:
+    taken = Counters.taken(reply)
+    return [
+        rules.Level(bucket, *level) for bucket, level in zip(met, taken.levels, strict=True)
+    ], taken.tokens
 
 
 def _call(ask: rules.Reserve, at: float, grants: str) -> Call:

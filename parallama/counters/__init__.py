@@ -6,7 +6,8 @@ from asyncio import Future, gather
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from operator import attrgetter
+from json.encoder import encode_basestring_ascii
+from typing import NamedTuple
 from urllib.parse import quote
 
 from parallama.limits import Limit, Unit
@@ -61,13 +62,13 @@ _SCRIPTS = (
     *(_BEGIN, _SEED, _CHARGE, _LOOK, _NO_ROOM),
 )
 
+TAKEN = 1
 NOT_KNOWN = -1
 NOT_COUNTED = -2
 """What `close` says of a call that the counters know nothing of, and should."""
 
 
-@dataclass(frozen=True, slots=True)
-class Hold:
+class Hold(NamedTuple):
     """
     A place in one bucket: `amount` parts of `unit`, of which `limit` may be used from `start` to
     before `end` (seconds since the epoch). With a `start` of 0 it may be new in its window.
@@ -82,8 +83,7 @@ class Hold:
     shadow: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """
     What is to be known of a call if nobody tells its end. `at` is its beginning; `grants` is as in
     UsageRecord.
@@ -100,8 +100,7 @@ class Call:
     grants: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Level:
+class Level(NamedTuple):
     """What a bucket holds after a decision. `full`: it had no room for the call."""
 
     used: int
@@ -118,8 +117,7 @@ class Seen:
     known: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Taken:
+class Taken(NamedTuple):
     """
     Whether there was room; the tokens held; a level for each hold.
 
@@ -128,7 +126,7 @@ class Taken:
 
     taken: bool
     tokens: int
-    levels: tuple[Level, ...]
+    levels: Sequence[Level]
     known: bool = True
 
 
@@ -145,8 +143,12 @@ class Lost:
     uncounted: bool = False
 
 
-_facts = attrgetter(*Call.__slots__)
-_JSON = json.JSONEncoder(separators=(",", ":"))
+def _json(call: Call) -> str:
+    """As a list. json.dumps makes an encoder for each, which costs more than all else here."""
+    *texts, at, grants = call
+    return (
+        f"[{','.join(map(encode_basestring_ascii, texts))},{at},{encode_basestring_ascii(grants)}]"
+    )
 
 
 class Counters:
@@ -171,9 +173,23 @@ class Counters:
         now: float,
         take: bool = True,
     ) -> Taken:
+        """What `taken` says of what `reserving` does."""
+        asked = self.reserving(call, holds, tokens=tokens, least=least, now=now, take=take)
+        return self.taken(await asked)
+
+    def reserving(
+        self,
+        call: Call,
+        holds: Sequence[Hold],
+        *,
+        tokens: int,
+        least: int,
+        now: float,
+        take: bool = True,
+    ) -> "Future[Sequence[int]]":
         """
         Take every hold, or change nothing; the same call again is the same place. Without `take`,
-        only say what would come of it.
+        only say what would come of it. The reply is for `taken`.
 
         `tokens` are held where a hold counts tokens; with `least` above 0 it may be fewer, down to
         that, where no more is left.
@@ -187,20 +203,15 @@ class Counters:
             stays = self._lease if hold.unit is Unit.CONCURRENT else hold.end - at + self._lease
             told += (KINDS[hold.unit], hold.limit, hold.amount, hold.start, stays, int(hold.shadow))
             keep = max(keep, stays)
-        facts = _JSON.encode(_facts(call))
         # Twice the lease after its row is due, so that it can be named again until that is stored.
         lease = self._lease if take else 0
-        args = [at, lease, keep + 3 * self._lease, tokens, least, facts, *told]
-        taken, held, *levels = await self._scripts.run(_RESERVE, keys, args)
-        return Taken(
-            taken == 1,
-            held,
-            tuple(
-                Level(levels[i], levels[i + 1], levels[i + 2] == 1)
-                for i in range(0, len(levels), 3)
-            ),
-            known=taken >= 0,
-        )
+        args = [at, lease, keep + 3 * self._lease, tokens, least, _json(call), *told]
+        return self._scripts.run(_RESERVE, keys, args)
+
+    @staticmethod
+    def taken(reply: Sequence[int]) -> Taken:
+        levels = [Level(reply[i], reply[i + 1], reply[i + 2] == 1) for i in range(2, len(reply), 3)]
+        return Taken(reply[0] == TAKEN, reply[1], levels, reply[0] != NOT_KNOWN)
 
     def settle(self, user: str, request_id: str, tokens: int, now: float) -> "Future[int]":
         """
@@ -233,7 +244,7 @@ class Counters:
         """
         names = _names(user)
         keys = [names.open, names.record(request_id), names.known, names.counted]
-        facts = "" if late is None else _JSON.encode(_facts(late))
+        facts = "" if late is None else _json(late)
         used = (spent.tokens, spent.compute, spent.cost)
         args = (int(now), *used, _REPEAT_SECONDS, f"{began:.6f}", facts)
         return self._scripts.run(_CLOSE, keys, args, patient=True)
@@ -339,7 +350,7 @@ class Counters:
             kind = KINDS[hold.unit]
             keys.append(names.buckets + hold.name)
             told += (kind, amounts.get(kind, 1), hold.start, hold.end - at + self._lease)
-        facts = _JSON.encode(_facts(call))
+        facts = _json(call)
         args = [at, self._lease, _REPEAT_SECONDS, int(stored), spent.tokens, facts, *told]
         return self._scripts.run(_CHARGE, keys, args)
 
@@ -384,7 +395,8 @@ class _Names:
     buckets: str
 
     def record(self, request_id: str) -> str:
-        return self.records + quote(request_id, safe="")
+        plain = request_id.isascii() and request_id.replace("-", "").isalnum()
+        return self.records + (request_id if plain else quote(request_id, safe=""))
 
 
 @lru_cache(maxsize=4096)

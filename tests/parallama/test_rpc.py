@@ -80,10 +80,11 @@ async def serving(
     methods: Mapping[str, rpc.Unary] | None = None,
     streams: Mapping[str, rpc.ClientStream] | None = None,
     *,
+    undo: Mapping[str, rpc.Undo] | None = None,
     compression: Any = None,
 ) -> AsyncIterator[Client]:
     with tempfile.TemporaryDirectory() as folder:
-        server = rpc.Server(methods or {}, streams)
+        server = rpc.Server({"/t/Echo": bytes, **(methods or {})}, streams, undo)
         await server.start(f"{folder}/s.sock")
         async with (
             stopping(server),
@@ -318,6 +319,95 @@ def test_what_fails_after_it_was_cancelled_is_logged(
 
     run(story())
     assert caplog.messages == ["cancelled call failed"]
+
+
+class Asking:
+    """A handler whose answer is made once `reply` is there; it tells when it begins."""
+
+    def __init__(self, then: Callable[[str], bytes | Awaitable[bytes]]) -> None:
+        self.begun = asyncio.Event()
+        self.reply: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.undone: list[bytes] = []
+        self._then = then
+
+    def __call__(self, message: bytes) -> rpc.Later:
+        self.begun.set()
+        return rpc.Later(self.reply, lambda: self._then(self.reply.result()))
+
+    def undo(self, message: bytes) -> None:
+        self.undone.append(message)
+
+
+async def made(text: str) -> bytes:
+    await asyncio.sleep(0)
+    return text.encode()
+
+
+@pytest.mark.parametrize("then", [str.encode, made], ids=["at once", "when more was awaited"])
+def test_what_is_answered_once_something_is_known(run: Run, then: Any) -> None:
+    async def story() -> None:
+        asking = Asking(then)
+        async with serving({"/t/Ask": asking}) as client:
+            call = client.call("/t/Ask")
+            await asking.begun.wait()
+            asking.reply.set_result("told")
+            assert await call == b"told"
+            assert await asking(b"") == b"told"  # whoever awaits it gets the same
+            await client.at_rest()
+
+    run(story())
+
+
+def test_what_cannot_be_answered_once_something_is_known(run: Run) -> None:
+    def then(_: str) -> bytes:
+        raise rpc.RpcError(rpc.Status.UNAVAILABLE, "not now")
+
+    async def story() -> None:
+        asking = Asking(then)
+        async with serving({"/t/Ask": asking}) as client:
+            call = client.call("/t/Ask")
+            await asking.begun.wait()
+            asking.reply.set_result("told")
+            assert await status_of(call) == (grpc.StatusCode.UNAVAILABLE, "not now")
+            await client.at_rest()
+
+    run(story())
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["known", "never known"])
+def test_an_answer_that_nobody_waits_for_is_undone_once_it_is_there(run: Run, fails: bool) -> None:
+    async def story() -> None:
+        asking = Asking(str.encode)
+        async with serving({"/t/Ask": asking}, undo={"/t/Ask": asking.undo}) as client:
+            call = client.call("/t/Ask", b"question")
+            await asking.begun.wait()
+            call.cancel()
+            assert await client.call("/t/Echo", b"") == b""  # it was heard by now
+            assert not asking.undone
+            if fails:
+                asking.reply.set_exception(ValueError("away"))
+            else:
+                asking.reply.set_result("told")
+            await client.at_rest()
+            assert asking.undone == ([] if fails else [b"question"])
+
+    run(story())
+
+
+def test_stop_cuts_what_is_never_known(run: Run) -> None:
+    async def story() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            asking = Asking(str.encode)
+            server = rpc.Server({"/t/Ask": asking})
+            await server.start(f"{folder}/s.sock")
+            async with grpc.aio.insecure_channel(f"unix:{folder}/s.sock") as channel:
+                call = Client(server, channel).call("/t/Ask")
+                await asking.begun.wait()
+                await server.stop(0.01)
+                assert asking.reply.cancelled()
+                await status_of(call)
+
+    run(story())
 
 
 # --- client streams ---

@@ -1,5 +1,4 @@
 import random
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -26,7 +25,7 @@ def fresh() -> Estimate:
 
 
 def prompt(estimate: Estimate, size: int, model: str = "smollm2") -> int:
-    return estimate.need(replace(ASK, model=model, body_bytes=size, max_tokens=1)).prompt
+    return estimate.need(ASK._replace(model=model, body_bytes=size, max_tokens=1)).prompt
 
 
 @pytest.mark.parametrize(
@@ -41,7 +40,7 @@ def prompt(estimate: Estimate, size: int, model: str = "smollm2") -> int:
     ],
 )
 def test_estimate(change, tokens):
-    assert fresh().need(replace(ASK, **change)).tokens == tokens
+    assert fresh().need(ASK._replace(**change)).tokens == tokens
 
 
 def test_one_answer_teaches_calls_of_its_size() -> None:
@@ -92,12 +91,12 @@ def test_whatever_it_saw_its_guess_is_sane(lessons: list[tuple[int, int]], size:
     estimate = fresh()
     for body_bytes, tokens in lessons:
         estimate.learn("smollm2", body_bytes, tokens)
-    ask = replace(ASK, body_bytes=size)
+    ask = ASK._replace(body_bytes=size)
     assert 1 <= estimate.need(ask).tokens <= MOST_TOKENS
     assert estimate.most_prompt(ask) >= 1
 
 
-OPEN = replace(ASK, max_tokens=None)
+OPEN = ASK._replace(max_tokens=None)
 
 
 def test_the_usual_length_is_learned_for_calls_that_name_no_maximum() -> None:
@@ -107,8 +106,8 @@ def test_the_usual_length_is_learned_for_calls_that_name_no_maximum() -> None:
         estimate.learn_answer("smollm2", 137)
     assert estimate.need(OPEN).answer == 137
     assert estimate.need(ASK).answer == 100
-    assert estimate.need(replace(OPEN, model="another")).answer == 512
-    assert estimate.need(replace(OPEN, endpoint="/v1/embeddings")).answer == 0
+    assert estimate.need(OPEN._replace(model="another")).answer == 512
+    assert estimate.need(OPEN._replace(endpoint="/v1/embeddings")).answer == 0
 
 
 def test_nine_of_ten_answers_fit_into_what_is_usual() -> None:
@@ -129,10 +128,10 @@ def test_what_no_prompt_passes() -> None:
     for size, tokens in seen.items():
         estimate.learn("smollm2", size, tokens)
     for size, tokens in list(seen.items())[-20:]:
-        assert estimate.most_prompt(replace(ASK, body_bytes=size)) == tokens
+        assert estimate.most_prompt(ASK._replace(body_bytes=size)) == tokens
     for size in range(200, 4000, 97):
         if size not in seen:
-            assert estimate.most_prompt(replace(ASK, body_bytes=size)) >= size // 4 + 15
+            assert estimate.most_prompt(ASK._replace(body_bytes=size)) >= size // 4 + 15
 
 
 def test_how_long_a_call_takes_is_learned() -> None:

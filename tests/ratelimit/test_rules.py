@@ -312,7 +312,7 @@ def test_a_decision_names_its_limit_and_what_was_counted(at, told):
 @pytest.mark.parametrize("model", ["llama3:70b-instruct-q4_K_M", "m" * 255, '"' * 255, "模" * 255])
 def test_a_decision_is_small_and_always_json(model):
     at = level(limit(Unit.TOKENS, Window.MONTH, 10**9, gateway="openai"), 10**8, 10**6)
-    at = replace(at, bucket=replace(at.bucket, limit=replace(at.bucket.limit, model=model)))
+    at = at._replace(bucket=replace(at.bucket, limit=replace(at.bucket.limit, model=model)))
     said = decision(at, Need(10**5, 10**5), NOON)
     assert json.loads(f"{{{said}}}")["used"] == 10**8
     usual = len(model) < 30

@@ -51,6 +51,7 @@ class Gateway:
         self.now = NOON
         self.monotonic = 0.0
         self.limits: tuple[Limit, ...] | Exception = ()
+        self.remembers = True
         self.grants: tuple[Grant, ...] = ()
         self.prices: tuple[Price, ...] = ()
         self.rows: list[Used] = []
@@ -59,9 +60,17 @@ class Gateway:
         self.service: RateLimit
         self.outage: Outage
 
+    def known(self, user: str) -> Policy | None:
+        known = self.remembers and not isinstance(self.limits, Exception)
+        return self.policy() if known else None
+
     async def policy_of(self, user: str) -> Policy:
         if isinstance(self.limits, Exception):
             raise self.limits
+        return self.policy()
+
+    def policy(self) -> Policy:
+        assert not isinstance(self.limits, Exception)
         return Policy(self.limits, self.grants)
 
     async def prices_of(self) -> tuple[Price, ...]:
@@ -517,14 +526,16 @@ def test_a_shadow_limit_is_told_and_refuses_nothing(valkey, caplog):
     assert caplog.messages == ["would be refused"] * 2
 
 
-def test_a_client_that_leaves_while_we_ask_holds_nothing(own_valkey):
-    """Called without a socket: only so is it certain what has happened when it is cancelled."""
+@pytest.mark.parametrize("known", [True, False], ids=["limits known", "limits asked for"])
+def test_a_client_that_leaves_while_we_ask_holds_nothing(own_valkey, known):
+    """Called without a socket: only so is it certain what has happened when it leaves."""
 
     async def told(redis):
         async with aclosing(Counters(redis, lease=600, timeout=5)) as counters:
             async with grpc.aio.insecure_channel("unix:none") as channel:
                 gateway = Gateway(channel)
             gateway.limits = (TOKENS,)
+            gateway.remembers = known
             service = serve(counters, gateway)
 
             async def ask(id) -> RateLimitResponse:
@@ -533,13 +544,21 @@ def test_a_client_that_leaves_while_we_ask_holds_nothing(own_valkey):
 
             await ask("r0")
             own_valkey.pause(signal.SIGSTOP)
-            leaving = asyncio.create_task(ask("r1"))
-            for _ in range(5):  # turns of the loop: until the question is on its way
-                await asyncio.sleep(0)
-            leaving.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await leaving
-            own_valkey.pause(signal.SIGCONT)
+            request = reserve_call("r1").SerializeToString()
+            answer = service.should_rate_limit(request)
+            assert isinstance(answer, rpc.Later) is known
+            if isinstance(answer, rpc.Later):  # as rpc.Server does it: see test_rpc.py
+                own_valkey.pause(signal.SIGCONT)
+                await asyncio.wait([answer.asked])
+                service.untaken(request)
+            else:
+                leaving = asyncio.ensure_future(answer)
+                for _ in range(5):  # turns of the loop: until the question is on its way
+                    await asyncio.sleep(0)
+                leaving.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await leaving
+                own_valkey.pause(signal.SIGCONT)
             after = await ask("r2")
             assert headers(after)["x-ratelimit-remaining-tokens"] == str(1000 - 2 * 200)
 

@@ -1,10 +1,13 @@
+import contextlib
 import json
 
 import pytest
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ratelimit import wire
-from ratelimit.rules import MOST_TOKENS, Admitted, Refused, Reserve, Room, Settle
+from ratelimit.rules import MOST_TOKENS, Admitted, Refused, Reserve, Room, Settle, duration
 
 RESERVE = {
     "user": "u1", "role": "user", "key": "k1", "gateway": "openai", "dialect": "openai",
@@ -81,6 +84,70 @@ def test_max_tokens(text, value):
 def test_what_is_no_number_is_refused(name, text):
     with pytest.raises(wire.BadCall, match=f"{name} is not a whole number"):
         parsed(request({**RESERVE, name: text}))
+
+
+TEXT = st.text(max_size=300)
+ENTRIES = st.lists(st.tuples(st.sampled_from(["user", "model", "reservation"]) | TEXT, TEXT))
+
+
+@given(ENTRIES, st.none() | st.integers(0, 2**64 - 1))
+def test_a_message_as_envoy_writes_it_is_read_as_the_library_does(entries, hits):
+    call = RateLimitRequest(domain="parallama")
+    descriptor = call.descriptors.add()
+    for key, value in entries:
+        descriptor.entries.add(key=key, value=value)
+    if hits is not None:
+        descriptor.hits_addend.value = hits
+    message = call.SerializeToString()
+    quick = wire.as_envoy_writes_it(message)
+    if quick is None:
+        names = [key for key, _ in entries]
+        odd = any(not key or not value or len(key.encode()) > 127 for key, value in entries)
+        assert odd or len(set(names)) < len(names) or (hits or 0) >= 2**63
+    else:
+        assert quick == wire.read(message)
+
+
+def changed(message: bytes, at: int, cut: int, put: bytes) -> bytes:
+    at %= len(message)
+    return message[:at] + put + message[at + cut :]
+
+
+@given(
+    st.sampled_from([request(RESERVE), request({"user": "u1", "reservation": "r1"}, hits=2**40)]),
+    st.lists(st.tuples(st.integers(0), st.integers(0, 3), st.binary(max_size=3)), max_size=4),
+)
+def test_what_went_wrong_on_the_way_is_never_read_as_something_else(call, changes):
+    message = call.SerializeToString()
+    for change in changes:
+        message = changed(message, *change) if message else b""
+    quick = wire.as_envoy_writes_it(message)
+    if quick is not None:
+        assert quick == wire.read(message)
+    with contextlib.suppress(wire.BadCall):
+        wire.parse(message)
+
+
+@given(TEXT, TEXT, st.integers(0, 10**18), st.none() | st.integers(0, 10**18))
+def test_an_answer_reads_as_it_was_written(reservation, decision, number, left):
+    room = None if left is None else Room(number, left, left % 10**6)
+    answer = Admitted(reservation, number, room, room, decision=decision, would_refuse=("a", "b"))
+    response = admitted(answer)
+    assert response.overall_code == RateLimitResponse.OK
+    left_over = {} if left is None else {"requests_left": left, "tokens_left": left}
+    assert dict(response.dynamic_metadata) == {
+        "reservation": reservation,
+        "granted": float(number),
+        "would_refuse": "a; b",
+        **({"decision": decision} if decision else {}),
+        **{name: float(amount) for name, amount in left_over.items()},
+    }
+    assert len(headers(response)) == (0 if left is None else 6)
+    assert set(headers(response).values()) <= {
+        str(number),
+        str(left),
+        duration((left or 0) % 10**6),
+    }
 
 
 def test_a_settle_call():
