@@ -138,7 +138,7 @@ def host() -> Host:
 
 
 def test_it_asks_four_times_a_second_and_only_while_something_runs(host: Host) -> None:
-    assert host.period == 250
+    assert host.period == 400
     assert host.tick() == []
     host.begin(2, "word of two")
     host.begin(3, None)
