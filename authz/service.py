@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Awaitable, Iterable, Mapping
+from math import inf
 from types import MappingProxyType
+from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
@@ -34,7 +36,20 @@ CHECK = "/envoy.service.auth.v3.Authorization/Check"
 _NO_STORE = Deny(
     503, "service_unavailable", "API keys cannot be checked right now: try again soon."
 )
+_MOST_SAID = 4096
 _BROKEN = Deny(500, "internal_error", "The request could not be checked: tell your administrator.")
+
+
+class _Said(NamedTuple):
+    """
+    What was answered to a credential, as the keyring remembers it, until it expires: once that
+    forgets it, there is another one.
+    """
+
+    found: Credential
+    tables: Tables
+    until: float
+    answer: bytes
 
 
 class Authz:
@@ -58,6 +73,7 @@ class Authz:
         self._text_counted = frozenset(text_counted)
         self._shapes = shapes
         self._clock = clock
+        self._said: dict[tuple[str, str, str, str, str], _Said] = {}
 
     def check(self, request: bytes) -> bytes | Awaitable[bytes]:
         """CheckRequest in, CheckResponse out; at once for a key that was verified before."""
@@ -113,8 +129,19 @@ class Authz:
             return wire.render_deny(_BROKEN, asked.dialect)
 
     def _identity(self, asked: Asked, found: Credential, tables: Tables) -> bytes:
-        decision = identify(asked, found, gateways=self._gateways, now=self._clock())
-        return self._answer(decision, asked, tables)
+        now = self._clock()
+        question = (found.id, asked.method, asked.path, asked.gateway, asked.dialect)
+        said = self._said.get(question)
+        if said is not None and said.found is found and said.tables is tables and now < said.until:
+            return said.answer
+        decision = identify(asked, found, gateways=self._gateways, now=now)
+        answer = self._answer(decision, asked, tables)
+        if isinstance(decision, Allow) and found.networks is None:
+            if len(self._said) >= _MOST_SAID:
+                self._said.clear()
+            until = inf if found.expires_at is None else found.expires_at
+            self._said[question] = _Said(found, tables, until, answer)
+        return answer
 
     def _answer(self, decision: Allow | Deny, asked: Asked, tables: Tables) -> bytes:
         if isinstance(decision, Deny):

@@ -144,6 +144,8 @@ async def find_account(
         return None
     id, username, role, disabled_at, tokens_valid_from = rows[0]
     named = await store.read(_ROLES_OF, (user_id, user_id))
+    if not named:  # everybody has a role: the user was deleted since
+        return None
     return Account(
         id=id,
         username=username,

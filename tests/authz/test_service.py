@@ -17,9 +17,11 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import strategies as st
 
 from authz.keyring import Keyring
+from authz.mapped import Mapped
 from authz.service import CHECK, Authz
 from parallama import contract as c
 from parallama import rpc
+from parallama.changes import Change
 from parallama.db.accounts import KeyRecord
 from parallama.errors import Unavailable
 from parallama.roles import Role
@@ -109,6 +111,67 @@ def test_a_good_key_is_let_in_also_from_memory() -> None:
     assert is_yes(first)
     assert first.dynamic_metadata[c.USER] == "user-1"
     assert first == second == third
+
+
+class Remembering:
+    """A service that is asked without a socket, whose clock, key and mappings may change."""
+
+    def __init__(self, key: KeyRecord) -> None:
+        self.known = Known(key)
+        self.now = NOW
+        self.table = {"gpt-4": "smollm2"}
+        self.mapped = Mapped(self._mappings)
+        self.keyring = Keyring(self.known, no_tokens(), size=100)
+        self._service = Authz(
+            self.keyring,
+            no_signatures(),
+            self.mapped,
+            gateways=("openai",),
+            clock=lambda: self.now,
+        )
+
+    async def ask(self, **fields: Any) -> pb.CheckResponse:
+        told = self._service.check(a_check(**fields).SerializeToString())
+        return pb.CheckResponse.FromString(told if isinstance(told, bytes) else await told)
+
+    async def _mappings(self) -> dict[str, dict[str, str]]:
+        return {"openai": dict(self.table)}
+
+
+def test_what_was_answered_once_is_not_said_for_longer_than_it_is_true() -> None:
+    async def story() -> None:
+        at = Remembering(a_key(expires_at=NOW + 60))
+        for _ in range(3):
+            first = await at.ask()
+            assert is_yes(first)
+            assert "smollm2" in first.dynamic_metadata[c.ALIASES]
+        assert (await at.ask(path="/v1/completions")).dynamic_metadata[c.ENDPOINT] != (
+            first.dynamic_metadata[c.ENDPOINT]
+        )
+        assert status(await at.ask(method="GET")) == 405
+        at.table = {"gpt-4": "another"}
+        at.mapped.on_change(Change("mappings"))
+        assert "another" in (await at.ask()).dynamic_metadata[c.ALIASES]
+        at.known._record = a_key(role=Role.READONLY)
+        assert is_yes(await at.ask())
+        at.keyring.on_change(Change("user", "user-1"))
+        assert status(await at.ask()) == 403
+        at.known._record = a_key(expires_at=NOW + 60)
+        at.keyring.forget_all()
+        assert [is_yes(await at.ask()) for _ in range(2)] == [True, True]
+        at.now = NOW + 60
+        assert status(await at.ask()) == 401
+
+    asyncio.run(story())
+
+
+def test_an_answer_to_one_address_is_none_to_another() -> None:
+    async def story() -> None:
+        at = Remembering(a_key(networks=("10.0.0.0/8",)))
+        for address, expected in [("10.1.2.3", 200), ("10.1.2.3", 200), ("192.0.2.1", 403)]:
+            assert status(await at.ask(address=address)) == expected
+
+    asyncio.run(story())
 
 
 @pytest.mark.parametrize(

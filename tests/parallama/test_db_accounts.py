@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -14,6 +14,7 @@ from parallama import keys
 from parallama.config import Database
 from parallama.db.accounts import Account, KeyRecord, find_account, find_key
 from parallama.db.manage import credentials, limits, people, roles
+from parallama.db.store import Store, Values
 from parallama.errors import Conflict, NotFound, UsageError
 from parallama.limits import Unit, Window
 from parallama.roles import BUILT_IN, Role, permissions
@@ -282,6 +283,28 @@ def test_deleting_a_user_takes_keys_and_limits_along(db: Database) -> None:
         assert await find_key(at.store, a_minted().public_id) is None
         assert await limits.list_limits(at.engine) == []
         await anna(at)
+
+    on(db, work)
+
+
+def test_a_user_who_is_deleted_while_we_read_is_gone(db: Database) -> None:
+    """Not somebody who may do nothing: that would be another answer to the same key."""
+
+    async def work(at: Opened) -> None:
+        made = await anna(at)
+
+        class Interrupted:
+            def __init__(self) -> None:
+                self.queries = 0
+
+            async def read(self, query: str, values: Values = ()) -> list[tuple[Any, ...]]:
+                self.queries += 1
+                if self.queries == 2:
+                    await people.delete_user(at.desk(), "anna")
+                return await at.store.read(query, values)
+
+        assert await find_account(at.store, made.id) is not None
+        assert await find_account(cast(Store, Interrupted()), made.id) is None
 
     on(db, work)
 
