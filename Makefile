@@ -48,6 +48,8 @@ run: $(STAMP) ## start everything with a real model, and show how to call it
 
 # A file to a process: what its tests share is made once. A process more than CI has cores, because
 # stories mostly wait; the longest files begin first (tests/conftest.py).
+# What Python compiled is kept, whatever the environment says: hundreds of processes load it.
+test: export PYTHONDONTWRITEBYTECODE =
 test: setup ## the whole suite
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 

@@ -1,5 +1,6 @@
 """What the tests of several parts share: databases, one gateway, how many examples they try."""
 
+import gc
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,11 @@ _LONGEST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_turn)
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays, so that nobody looks through it for rubbish: it is a lot."""
+    gc.freeze()
 
 
 def _turn(test: pytest.Item) -> int:

@@ -24,13 +24,13 @@ from parallama.db.accounts import find_account
 from parallama.db.manage import credentials, people
 from parallama.db.manage.credentials import ApiKey
 from parallama.db.manage.people import User
-from parallama.db.manage.schema import managed, upgrade
+from parallama.db.manage.schema import managed
 from parallama.db.manage.sessions import Sessions
 from parallama.desk import Desk
 from parallama.lockout import Lockout
 from parallama.passwords import Checker
 from parallama.pipeline import Pipeline
-from tests.parallama.db_on_disk import a_desk
+from tests.parallama.db_on_disk import a_desk, migrate
 from tests.valkey import Valkey
 
 T = TypeVar("T")
@@ -149,7 +149,7 @@ async def opened(folder: Path, at: Database, valkey: Valkey) -> AsyncIterator[Ho
     config = configuration(folder, at)
     told = config.authentication
     signing.prepare(config, now=NOW.timestamp())
-    await upgrade(at)
+    await migrate(at)
     async with AsyncExitStack() as stack:
         redis = await stack.enter_async_context(valkey.client())
 

@@ -15,11 +15,11 @@ from envoy.service.auth.v3.external_auth_pb2_grpc import AuthorizationStub
 
 from parallama.config import Config, load
 from parallama.db.manage import credentials, people
-from parallama.db.manage.schema import managed, upgrade
+from parallama.db.manage.schema import managed
 from parallama.roles import Role
 from parallama.supervisor.folder import claim
 from tests.authz.make import MINTED, a_check
-from tests.parallama.db_on_disk import a_desk
+from tests.parallama.db_on_disk import a_desk, migrate
 from tests.valkey import Valkey
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def folder() -> Iterator[Path]:
 
         async def fill() -> None:
             database = a_config(at).database
-            await upgrade(database)
+            await migrate(database)
             async with managed(database) as engine:
                 await people.create_user(a_desk(engine), "anna", Role.USER)
                 await credentials.create_key(a_desk(engine), "anna", MINTED, name="laptop")

@@ -15,6 +15,7 @@ from tests.standin import StandIn
 
 def a_token(gateway: Gateway, user_id: str) -> str:
     config = gateway.config
+    signing.prepare(config, now=time.time())  # as the admin API does when it is first called
     return tokens.issue(
         signing.KeyFolder(config, clock=system_clock).keys(),
         user_id=user_id,

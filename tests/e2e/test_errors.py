@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from http.client import HTTPResponse
 from typing import Any
 
-import anthropic
 import httpx
 import ollama
 import openai
@@ -388,6 +387,8 @@ def test_openais_sdk(gateway: Gateway, name: str, stream: bool) -> None:
 @pytest.mark.parametrize("name", SENTENCES)
 @pytest.mark.parametrize("stream", [False, True])
 def test_anthropics_sdk(gateway: Gateway, name: str, stream: bool) -> None:
+    import anthropic  # more than a second, which who only collects need not wait
+
     kind, said = SENTENCES[name]
     key, model, headers = somebody(gateway, name)
     with (

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from parallama import keys
-from parallama.cli import EXIT_CODES, app
+from parallama.cli import EXIT_CODES
 from parallama.cli.docs import render
 from parallama.config import load
 from parallama.db import database
 from parallama.db.accounts import find_key
 from parallama.db.revisions import HEAD
-from tests.parallama.commands import Parallama
+from tests.parallama.commands import Done, Parallama, invoke
 from tests.parallama.db_on_disk import a_record, settings
 
 NOBODY = "7c1f2c1e-0000-4000-8000-000000000000"
@@ -26,8 +25,8 @@ NOBODY = "7c1f2c1e-0000-4000-8000-000000000000"
 # init
 
 
-def init(folder: Path, *words: str) -> Result:
-    return CliRunner().invoke(app, ["init", "--dir", str(folder), *words])
+def init(folder: Path, *words: str) -> Done:
+    return invoke("init", "--dir", str(folder), *words)
 
 
 def test_init_writes_what_up_needs(tmp_path: Path) -> None:
@@ -123,7 +122,7 @@ def test_the_configuration_may_be_named_before_or_behind_or_by_the_environment(
     cli: Parallama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def listed(*words: str) -> int:
-        return CliRunner().invoke(app, list(words)).exit_code
+        return invoke(*words).exit_code
 
     here, missing = str(cli.config), str(cli.folder / "missing.yaml")
     assert listed("users", "list") == 2
@@ -433,6 +432,6 @@ def test_every_command_and_option_explains_itself() -> None:
 
 
 def test_the_help_names_the_exit_codes() -> None:
-    shown = CliRunner().invoke(app, ["--help"]).stdout
+    shown = invoke("--help").stdout
     for code, meaning in EXIT_CODES:
         assert f"  {code:<4} {meaning}\n" in shown

@@ -14,21 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from parallama import passwords
-from parallama.cli import app
 from parallama.config import load
 from parallama.lockout import Locked, Lockout
 from parallama.stores import connect_redis
-from tests.parallama.commands import Parallama
+from tests.parallama.commands import Done, Parallama, invoke
 from tests.parallama.servers import Server
 
 PASSWORD = "correct horse battery"
 
 
-def given(cli: Parallama, text: str | bytes, *words: str) -> Result:
-    return CliRunner().invoke(app, [*words, "--config", str(cli.config)], input=text)
+def given(cli: Parallama, text: str | bytes, *words: str) -> Done:
+    return invoke(*words, "--config", str(cli.config), text=text)
 
 
 def stored(folder: Path) -> str:
@@ -97,8 +95,8 @@ def test_what_makes_no_sense_is_said(cli: Parallama) -> None:
 # The first admin.
 
 
-def init(folder: Path, *words: str, text: str | None = None) -> Result:
-    return CliRunner().invoke(app, ["init", "--dir", str(folder), *words], input=text)
+def init(folder: Path, *words: str, text: str | None = None) -> Done:
+    return invoke("init", "--dir", str(folder), *words, text=text)
 
 
 @pytest.mark.parametrize("name", ["admin", "olga"])

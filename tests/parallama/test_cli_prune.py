@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from parallama.cli import app
 from parallama.config import Database
 from parallama.db import database, ledger
 from parallama.values import SecretFile
+from tests.parallama.commands import invoke
 from tests.parallama.db_on_disk import Opened, a_record, on
 
 NOW = datetime.now(UTC)
@@ -41,9 +40,7 @@ def config(db: Database, tmp_path: Path) -> Path:
 
 
 def prune(config: Path, *words: str) -> Any:
-    told = CliRunner().invoke(
-        app, ["usage", "prune", "--config", str(config), "-o", "json", *words]
-    )
+    told = invoke("usage", "prune", "--config", str(config), "-o", "json", *words)
     assert told.exit_code == 0, told.stderr
     return json.loads(told.stdout)
 
@@ -98,7 +95,7 @@ def test_the_configuration_says_how_long_rows_are_kept(
 def test_what_nobody_could_mean_removes_nothing(
     db: Database, config: Path, words: tuple[str, ...], complaint: str
 ) -> None:
-    told = CliRunner().invoke(app, ["usage", "prune", "--config", str(config), *words])
+    told = invoke("usage", "prune", "--config", str(config), *words)
     assert told.exit_code == 2
     assert complaint in told.stderr
     assert len(left(db)) == len(AGES)

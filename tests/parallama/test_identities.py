@@ -1,11 +1,7 @@
 """Who users are for other issuers: linked by people, and found by authz."""
 
-from pathlib import Path
-
 import pytest
-from typer.testing import CliRunner
 
-from parallama.cli import app
 from parallama.config import Database
 from parallama.db.accounts import find_identity
 from parallama.db.manage import audit, identities, people
@@ -74,14 +70,12 @@ def test_what_no_token_can_say_is_refused(db: Database, subject: str) -> None:
     on(db, story)
 
 
-def test_commands_link_show_and_unlink(tmp_path: Path) -> None:
-    parallama = Parallama(tmp_path)
-    CliRunner().invoke(app, ["init", "--dir", str(tmp_path)])
-    parallama.json("users", "create", "anna")
+def test_commands_link_show_and_unlink(cli: Parallama) -> None:
+    cli.json("users", "create", "anna")
     which = ("--issuer", SSO, "--subject", "s-1")
-    made = parallama.json("identities", "add", "anna", *which)
+    made = cli.json("identities", "add", "anna", *which)
     assert (made["username"], made["issuer"], made["subject"]) == ("anna", SSO, "s-1")
-    assert parallama.json("identities", "list", "--user", "anna") == [made]
-    assert parallama.json("identities", "remove", *which) == made
-    assert parallama.json("identities", "list") == []
-    assert "nobody here" in parallama.refused(3, "identities", "remove", *which)
+    assert cli.json("identities", "list", "--user", "anna") == [made]
+    assert cli.json("identities", "remove", *which) == made
+    assert cli.json("identities", "list") == []
+    assert "nobody here" in cli.refused(3, "identities", "remove", *which)

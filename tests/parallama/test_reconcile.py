@@ -11,21 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from parallama.cli import app
 from parallama.config import load
 from parallama.counters import Call, Counters, Hold
 from parallama.db import Store, database
 from parallama.db.known import known
 from parallama.db.ledger import add, add_lost
-from parallama.db.manage.schema import upgrade
 from parallama.limits import Unit
 from parallama.reconcile import Found, Reconciliation
 from parallama.stores import connect_redis
 from parallama.trail import Letter, Trail, parse
 from parallama.usage import UsageRecord
-from tests.parallama.db_on_disk import a_record, settings
+from tests.parallama.commands import invoke
+from tests.parallama.db_on_disk import a_record, migrate, settings
 from tests.parallama.servers import Server
 from tests.usage_sink.lines import a_line, append, lines
 from tests.usage_sink.make import START
@@ -48,7 +46,7 @@ class Scene:
         self.trail.make()
         self.config = folder / "config.yaml"
         self.config.write_text("{}\n")
-        asyncio.run(upgrade(settings(folder)))
+        asyncio.run(migrate(settings(folder)))
 
     def write(self, *ids: object) -> None:
         append(self.trail.current, lines(*ids))
@@ -195,9 +193,7 @@ def test_late_reservations_are_a_difference() -> None:
 
 
 def command(scene: Scene, *words: str) -> tuple[int, dict[str, Any]]:
-    result = CliRunner().invoke(
-        app, ["--config", str(scene.config), "usage", "reconcile", "-o", "json", *words]
-    )
+    result = invoke("--config", str(scene.config), "usage", "reconcile", "-o", "json", *words)
     return result.exit_code, json.loads(result.stdout)
 
 
@@ -221,7 +217,7 @@ def test_a_row_that_is_mended_closes_its_reservation(
     hold = Hold("b", Unit.TOKENS, 100, 50, 0, 2**40)
     money = Hold("m", Unit.COST, 10**12, 50, 0, 2**40)
     price = ("prices", "set", "llama3", "--prompt", "1", "--completion", "1")
-    CliRunner().invoke(app, ["--config", str(scene.config), *price])
+    invoke("--config", str(scene.config), *price)
 
     async def reserve(counters: Counters) -> tuple[int, int]:
         at = datetime.now(UTC).timestamp()

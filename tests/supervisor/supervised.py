@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from parallama.cli.init import init
-from tests.e2e.gateway import Gateway, Json, free_port, until
+from tests.e2e.gateway import Gateway, Json, initialised, until
 from tests.standin import StandIn
 
 CHAT = {"model": "smollm2", "messages": [], "stream": True}
@@ -20,8 +19,7 @@ UP = (str(Path(sys.executable).with_name("parallama")), "up", "--config")
 
 def made(folder: Path, upstream_url: str, settings: str = "") -> Path:
     """A folder as `parallama init` leaves it; its config.yaml."""
-    init(folder, f"127.0.0.1:{free_port()}", upstream_url)
-    path = folder / "config.yaml"
+    path = initialised(folder, upstream_url)
     with path.open("a") as file:
         file.write(settings)
     return path

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from dataclasses import replace
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -22,7 +23,13 @@ from tests.usage_sink.make import STREAM, an_entry
 from usage_sink import wire
 from usage_sink.counting import Counting, Text, count_text, load, o200k_base
 
-tokens = o200k_base()
+vocabulary = cache(o200k_base)  # loaded by the process that counts, not by all that collect
+
+
+def tokens(text: str) -> int:
+    return vocabulary()(text)
+
+
 FACTS = {**STREAM, c.USAGE_SOURCE: "counted", c.TOTAL_TOKENS: 20, c.PROMPT_TOKENS: None}
 
 

@@ -21,9 +21,8 @@ from parallama import contract as c
 from parallama import rpc
 from parallama.db import Store, database
 from parallama.db.ledger import Added, add
-from parallama.db.manage.schema import upgrade
 from parallama.usage import UsageRecord
-from tests.parallama.db_on_disk import settings
+from tests.parallama.db_on_disk import migrate, settings
 from tests.usage_sink.make import STREAM, an_entry
 from usage_sink.counting import Counting
 from usage_sink.service import STREAM as METHOD
@@ -68,7 +67,7 @@ def stored_after(
     """The rows by request id, with their user names, once the sink has left."""
 
     async def told(folder: Path) -> list[tuple[str, str]]:
-        await upgrade(settings(folder))
+        await migrate(settings(folder))
         path = str(folder / "s.sock")
         async with asyncio.timeout(30), database(settings(folder)) as store:
             writer = Writer(
