@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import tzinfo
 from functools import partial
@@ -58,6 +58,15 @@ class Met(NamedTuple):
     priced: bool
 
 
+class Case(NamedTuple):
+    """A call that wants to spend, where it has to find room, what it needs, and when it asks."""
+
+    ask: rules.Reserve
+    met: Met
+    need: rules.Need
+    now: float
+
+
 class RateLimit:
     """
     Answers Envoy. With `hard` an answer is capped at the tokens that were held for the call, and
@@ -104,16 +113,15 @@ class RateLimit:
             self.settle(asked)
             return wire.SETTLED
         policy = self._policies.known(asked.user)
-        if policy is None or self._outage.lasts():
-            return self._answer(asked)
-        now = self._clock()
-        met = self._buckets(asked, policy, now)
-        prices = self._prices.peek() if met.priced else None
-        if met.priced and prices is None:
-            return self._answer(asked)
-        need = self._need(asked, prices)
-        reply = self._reserve(asked, met.buckets, need, now)
-        return rpc.Later(reply, partial(self._replied, asked, met, need, now, reply))
+        if policy is not None and not self._outage.lasts():
+            now = self._clock()
+            met = self._meets(asked, policy, now)
+            prices = self._prices.peek() if met.priced else None
+            if prices is not None or not met.priced:
+                case = Case(asked, met, self._need(asked, prices), now)
+                reply = self._reserve(case, met.buckets)
+                return rpc.Later(reply, partial(self._replied, case, reply))
+        return self._answer(asked, partial(self.decide, asked))
 
     def untaken(self, request: bytes) -> None:
         """The client left while our yes was on its way: Envoy will settle nothing, so we do."""
@@ -127,25 +135,20 @@ class RateLimit:
             await asyncio.wait(self._under_way)
 
     def _replied(
-        self,
-        ask: rules.Reserve,
-        met: Met,
-        need: rules.Need,
-        now: float,
-        reply: "asyncio.Future[Sequence[int]]",
+        self, case: Case, reply: "asyncio.Future[Sequence[int]]"
     ) -> bytes | Awaitable[bytes]:
         """What most calls hear is said at once: that there is room."""
         if reply.exception() is None and reply.result()[0] == TAKEN:
-            levels, held = _levels(met.buckets, reply.result())
-            self._outage.ends(ask.user, levels)
-            return self._told(ask, self._admit(ask, met.policy, levels, held, need, now))
-        return self._answer(ask, self._judge(ask, met, need, now, reply))
+            levels, held = _levels(case.met.buckets, reply.result())
+            self._outage.ends(case.ask.user, levels)
+            return self._told(case.ask, self._admit(case, levels, held))
+        return self._answer(case.ask, partial(self._judge, case, reply))
 
     async def _answer(
-        self, ask: rules.Reserve, deciding: Coroutine[Any, Any, Decided] | None = None
+        self, ask: rules.Reserve, decide: Callable[[], Coroutine[Any, Any, Decided]]
     ) -> bytes:
         try:
-            answer = (await (deciding or self.decide(ask))).answer
+            answer = (await decide()).answer
         except asyncio.CancelledError:
             # The client left while we asked. Envoy settles nothing then, so we do.
             self.settle(rules.Settle(ask.user, ask.request_id, 0))
@@ -171,70 +174,51 @@ class RateLimit:
         now = self._clock()
         try:
             policy = await self._policies.policy_of(ask.user)
-            met = self._buckets(ask, policy, now)
+            met = self._meets(ask, policy, now)
             need = self._need(ask, await self._prices.current() if met.priced else None)
         except Unavailable as error:
             return Decided(self._outage.without_limits(ask, error))
         if self._outage.lasts():
             return Decided(self._outage.reserve(ask, met.buckets, need, now))
-        reply = self._reserve(ask, met.buckets, need, now, take=take)
-        return await self._judge(ask, met, need, now, reply, take=take)
+        case = Case(ask, met, need, now)
+        return await self._judge(case, self._reserve(case, met.buckets, take=take), take=take)
 
     async def _judge(
-        self,
-        ask: rules.Reserve,
-        met: Met,
-        need: rules.Need,
-        now: float,
-        reply: "asyncio.Future[Sequence[int]]",
-        *,
-        take: bool = True,
+        self, case: Case, reply: "asyncio.Future[Sequence[int]]", *, take: bool = True
     ) -> Decided:
         """By what the counters reply; where they are full or do not know, more is asked of them."""
-        policy, buckets = met.policy, met.buckets
+        ask, met, need, now = case
         try:
-            levels, held = await self._sure(ask, policy, buckets, need, now, reply, take=take)
+            levels, held = await self._sure(case, met.buckets, reply, take=take)
             first = levels
-            for others in rules.instead(levels, policy.grants, ask.gateway, ask.model, now):
-                reply = self._reserve(ask, others, need, now, take=take)
-                levels, held = await self._sure(ask, policy, others, need, now, reply, take=take)
+            for others in rules.instead(levels, met.policy.grants, ask.gateway, ask.model, now):
+                reply = self._reserve(case, others, take=take)
+                levels, held = await self._sure(case, others, reply, take=take)
                 if not any(level.refuses for level in levels):
                     break
         except Unavailable as error:
             self._outage.begins(error)
-            return Decided(self._outage.reserve(ask, buckets, need, now))
+            return Decided(self._outage.reserve(ask, met.buckets, need, now))
         self._outage.ends(ask.user, levels)
         if any(level.refuses for level in levels):
-            why = rules.decision(rules.in_the_way(first), need, policy.read_at)
+            why = rules.decision(rules.in_the_way(first), need, met.policy.read_at)
             return Decided(rules.refuse(first, now, f'"rule":"limit",{why}'), first, need)
-        return Decided(self._admit(ask, policy, levels, held, need, now), first, need)
+        return Decided(self._admit(case, levels, held), first, need)
 
-    def _admit(
-        self,
-        ask: rules.Reserve,
-        policy: Policy,
-        levels: Sequence[rules.Level],
-        held: int,
-        need: rules.Need,
-        now: float,
-    ) -> rules.Admitted:
+    def _admit(self, case: Case, levels: Sequence[rules.Level], held: int) -> rules.Admitted:
+        ask, met, need, now = case
         cap = self._cap(ask, held) if need.answer else None
-        why = rules.decision(rules.tightest(levels), need, policy.read_at)
+        why = rules.decision(rules.tightest(levels), need, met.policy.read_at)
         return rules.admit(levels, ask.request_id, held, now, cap, why)
 
     def _reserve(
-        self,
-        ask: rules.Reserve,
-        met: list[rules.Bucket],
-        need: rules.Need,
-        now: float,
-        *,
-        take: bool = True,
+        self, case: Case, buckets: list[rules.Bucket], *, take: bool = True
     ) -> "asyncio.Future[Sequence[int]]":
+        ask, _, need, now = case
         least = self._estimate.most_prompt(ask) + 1 if self._hard else 0
         return self._counters.reserving(
-            _call(ask, now, rules.paid_by(met)),
-            [bucket.hold(need.of(bucket.limit.unit)) for bucket in met],
+            _call(ask, now, rules.paid_by(buckets)),
+            [bucket.hold(need.of(bucket.limit.unit)) for bucket in buckets],
             tokens=max(need.tokens, least),
             least=least,
             now=now,
@@ -243,25 +227,23 @@ class RateLimit:
 
     async def _sure(
         self,
-        ask: rules.Reserve,
-        policy: Policy,
-        met: list[rules.Bucket],
-        need: rules.Need,
-        now: float,
+        case: Case,
+        buckets: list[rules.Bucket],
         reply: "asyncio.Future[Sequence[int]]",
         *,
         take: bool,
     ) -> tuple[list[rules.Level], int]:
         """What the buckets hold then, and how many tokens the call holds. Raises Unavailable."""
         if (await reply)[0] == NOT_KNOWN:
-            running = rules.running(policy.limits, policy.grants, now, self._zone)
-            await self._rebuild(ask.user, running, now)
-            reply = self._reserve(ask, met, need, now, take=take)
+            policy = case.met.policy
+            running = rules.running(policy.limits, policy.grants, case.now, self._zone)
+            await self._rebuild(case.ask.user, running, case.now)
+            reply = self._reserve(case, buckets, take=take)
             if (await reply)[0] == NOT_KNOWN:
                 raise Unavailable("the counters cannot be used: they were lost once more")
-        return _levels(met, reply.result())
+        return _levels(buckets, reply.result())
 
-    def _buckets(self, ask: rules.Reserve, policy: Policy, now: float) -> Met:
+    def _meets(self, ask: rules.Reserve, policy: Policy, now: float) -> Met:
         alike, minute = (ask.user, ask.gateway, ask.model, ask.key), int(now // 60)
         met = self._met.get(alike)
         if met is None or met.policy is not policy or met.minute != minute:

@@ -19,13 +19,13 @@
 local now, lease = tonumber(ARGV[1]), tonumber(ARGV[2])
 local wanted, least = tonumber(ARGV[4]), tonumber(ARGV[5])
 
-local repeated = call('GET', KEYS[2])
+local repeated, since = unpack(call('MGET', KEYS[2], KEYS[3]))
 if repeated then
   local _, held = read(repeated)
   wanted = held
 end
 
-local since = tonumber(call('GET', KEYS[3]) or math.huge)
+since = tonumber(since or math.huge)
 local used, reserved, fresh = {}, {}, {}
 local cold = false
 for i = 4, #KEYS do

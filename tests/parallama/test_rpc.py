@@ -686,11 +686,23 @@ async def envoy(
         rest = asyncio.create_task(process.stderr.read())
         admin = f"http://{(folder / 'admin').read_text()}"
         listeners = (await http.get(admin + "/listeners?format=json")).json()["listener_statuses"]
-        yield admin, listeners[0]["local_address"]["socket_address"]["port_value"]
+        port = listeners[0]["local_address"]["socket_address"]["port_value"]
+        await listening(port)
+        yield admin, port
     finally:
         process.terminate()
         await process.wait()
     assert b"[error]" not in await rest
+
+
+async def listening(port: int) -> None:
+    """Envoy takes connections only once it knows that the services which it asks are well."""
+    while True:
+        with suppress(ConnectionRefusedError):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.close()
+            return await writer.wait_closed()
+        await asyncio.sleep(0.005)
 
 
 class Visitor(asyncio.Protocol):

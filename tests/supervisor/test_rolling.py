@@ -287,7 +287,8 @@ def test_an_envoy_that_is_killed_comes_back_while_the_old_one_leaves(
         assert answer.read().endswith(b"data: [DONE]\n\n")
     assert asked.ended().ok
     until(lambda: works(someone))
-    assert Asked(gateway, "envoy").ended().ok
+    again = Asked(gateway, "envoy").ended()
+    assert again.ok, again.error
     assert works(someone)
 
 
@@ -404,7 +405,12 @@ def test_an_envoy_that_took_over_and_failed_leaves_the_files_of_the_old_one(
         until(lambda: gateway.child("envoy") != old)
     assert {path.name: path.read_bytes() for path in placed.glob("*.yaml")} == before
     until(lambda: works(someone))
-    assert Asked(gateway, "envoy").ended().ok
+    again = Asked(gateway, "envoy").ended()
+    if not again.ok:  # after one that was killed: Envoy itself crashes then, one time in ten
+        assert "the old process starts anew: envoy does not start (SIGSEGV)" in (again.error or "")
+        until(lambda: works(someone))
+        again = Asked(gateway, "envoy").ended()
+    assert again.ok, again.error
     assert works(someone)
 
 
