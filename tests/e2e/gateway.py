@@ -169,7 +169,8 @@ class Gateway:
             base_url=self.url,
             timeout=PATIENCE,
             trust_env=False,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
+            # None is closed for being one too many: another thread may just have taken it.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
         )
 
     # People.
