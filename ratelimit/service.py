@@ -216,7 +216,7 @@ class RateLimit:
     ) -> "asyncio.Future[Sequence[int]]":
         ask, _, need, now = case
         least = self._estimate.most_prompt(ask) + 1 if self._hard else 0
-        return self._counters.reserving(
+        return self._counters.reserve(
             _call(ask, now, rules.paid_by(buckets)),
             [bucket.hold(need.of(bucket.limit.unit)) for bucket in buckets],
             tokens=max(need.tokens, least),

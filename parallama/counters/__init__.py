@@ -163,21 +163,7 @@ class Counters:
         self._scripts = Pipeline(redis, *_SCRIPTS, timeout=timeout)
         self._lease = lease
 
-    async def reserve(
-        self,
-        call: Call,
-        holds: Sequence[Hold],
-        *,
-        tokens: int,
-        least: int,
-        now: float,
-        take: bool = True,
-    ) -> Taken:
-        """What `taken` says of what `reserving` does."""
-        asked = self.reserving(call, holds, tokens=tokens, least=least, now=now, take=take)
-        return self.taken(await asked)
-
-    def reserving(
+    def reserve(
         self,
         call: Call,
         holds: Sequence[Hold],

@@ -137,10 +137,12 @@ async def spend(house: House, who: Caller, tokens: int, *, settle: int | None) -
     call = Call(f"r{tokens}", who.user.id, key, "ollama", "ollama", "/api/chat", "m", now)
     counters = house.office.counters
     counted = [(hold, 0) for hold in holds if hold.unit is not Unit.CONCURRENT]
-    if not (await counters.reserve(call, holds, tokens=tokens, least=0, now=now)).known:
+    reply = await counters.reserve(call, holds, tokens=tokens, least=0, now=now)
+    if not counters.taken(reply).known:
         since = await counters.begin(who.user.id, now)
         assert await counters.seed(who.user.id, since, counted, [], now)
-        assert (await counters.reserve(call, holds, tokens=tokens, least=0, now=now)).taken
+        reply = await counters.reserve(call, holds, tokens=tokens, least=0, now=now)
+        assert counters.taken(reply).taken
     if settle is not None:
         assert await counters.settle(who.user.id, call.request_id, settle, now) == 1
 

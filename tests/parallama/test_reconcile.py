@@ -223,7 +223,9 @@ def test_a_row_that_is_mended_closes_its_reservation(
         at = datetime.now(UTC).timestamp()
         await counters.begin(record.user_id, 0)
         call = Call("1", record.user_id, "", "ollama", "ollama", "/api/chat", "llama3", at)
-        taken = await counters.reserve(call, [hold, money], tokens=50, least=0, now=at)
+        taken = Counters.taken(
+            await counters.reserve(call, [hold, money], tokens=50, least=0, now=at)
+        )
         assert taken.taken
         return await levels(counters)
 
@@ -231,7 +233,9 @@ def test_a_row_that_is_mended_closes_its_reservation(
         at = datetime.now(UTC).timestamp()
         probe = Call("probe", record.user_id, "", "", "", "", "", at)
         none = Hold("none", Unit.REQUESTS, 0, 1, 0, 2**40)
-        seen = await counters.reserve(probe, [hold, money, none], tokens=9, least=0, now=at)
+        seen = Counters.taken(
+            await counters.reserve(probe, [hold, money, none], tokens=9, least=0, now=at)
+        )
         return tuple((level.used, level.reserved) for level in seen.levels[:2])
 
     with Server(tmp_path / "redis") as server:

@@ -47,9 +47,8 @@ class Desk:
         need = rules.Need(0, amount, compute, cost)
         call = Call(id, user, key, gateway, "openai", "/v1/chat/completions", model, now)
         holds = [at.hold(need.of(at.limit.unit)) for at in met]
-        taken = await self.counters.reserve(
-            call, holds, tokens=amount, least=least, now=now, take=take
-        )
+        reply = self.counters.reserve(call, holds, tokens=amount, least=least, now=now, take=take)
+        taken = Counters.taken(await reply)
         levels = [
             rules.Level(at, level.used, level.reserved, level.full)
             for at, level in zip(met, taken.levels, strict=False)

@@ -70,7 +70,7 @@ async def reserve(counters, id, user="u"):
     call = Call(id, user, "k", "ollama", "ollama", "/api/chat", "m", NOON)
     holds = [at.hold(need.of(at.limit.unit)) for at in met]
     await counters.begin(user, 0)
-    taken = await counters.reserve(call, holds, tokens=100, least=0, now=NOON)
+    taken = Counters.taken(await counters.reserve(call, holds, tokens=100, least=0, now=NOON))
     return [(level.used, level.reserved) for level in taken.levels]
 
 

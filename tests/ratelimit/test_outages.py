@@ -20,10 +20,10 @@ HOLD = BUCKET.hold(10)
 
 async def reserve(counters: Counters, id: str):
     call = Call(id, "u", "k", "g", "openai", "/v1/chat/completions", "m", NOON)
-    taken = await counters.reserve(call, [HOLD], tokens=10, least=0, now=NOON)
+    taken = Counters.taken(await counters.reserve(call, [HOLD], tokens=10, least=0, now=NOON))
     if not taken.known:
         await counters.begin("u", 0)
-        taken = await counters.reserve(call, [HOLD], tokens=10, least=0, now=NOON)
+        taken = Counters.taken(await counters.reserve(call, [HOLD], tokens=10, least=0, now=NOON))
     return taken
 
 
