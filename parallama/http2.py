@@ -2,7 +2,10 @@
 
 import asyncio
 import logging
+import os
 import struct
+from contextlib import suppress
+from functools import partial
 from typing import Protocol, cast
 
 import hpack
@@ -23,6 +26,7 @@ _SIZES = {_PRIORITY: 5, _RST_STREAM: 4, _PING: 8, _WINDOW_UPDATE: 4}
 _OF_A_STREAM = frozenset((_PRIORITY, _RST_STREAM))
 _OF_THE_CONNECTION = frozenset((_SETTINGS, _PING, _GOAWAY))
 
+_LARGEST_READ = 262144
 _LARGEST_FRAME = 16384
 _LARGEST_HEADERS = 65536
 _LARGEST_INT = 2**31 - 1
@@ -183,9 +187,21 @@ class Connection(asyncio.Protocol):
         self._transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if exc is not None:
+            self._take_last_words()
         self._drop_streams()
         self._host.connections.discard(self)
         self._host.changed()
+
+    def _take_last_words(self) -> None:
+        """
+        A peer that was killed may have spoken before. An event loop that cannot write to it any
+        more reads no more of it either.
+        """
+        socket, words = self._transport.get_extra_info("socket").fileno(), list[bytes]()
+        with suppress(OSError):
+            words.extend(iter(partial(os.read, socket, _LARGEST_READ), b""))
+        self.data_received(b"".join(words))
 
     # --- frames in ---
 

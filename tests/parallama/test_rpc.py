@@ -20,6 +20,7 @@ from envoy.service.auth.v3.external_auth_pb2 import CheckRequest, CheckResponse
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from parallama import rpc
+from tests.parallama.test_rpc_wire import GREETING, call
 
 LARGEST = 4 << 20  # bytes of one message
 UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
@@ -294,6 +295,38 @@ def test_a_client_that_goes_away_cancels_what_it_asked(run: Run) -> None:
             await waiting.cancelled.wait()
             assert call.cancelled()
             await client.at_rest()
+
+    run(story())
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_what_a_client_said_before_it_died_is_heard(run: Run, tmp_path: Path, reads: bool) -> None:
+    """An answer for it is on its way then, and cannot be written: that must not end the reading."""
+    client, noted = socket.socket(socket.AF_UNIX), list[bytes]()
+    path, streams = str(tmp_path / "s.sock"), range(3, 99, 2)
+
+    def dies(message: bytes) -> bytes:
+        for stream in streams:
+            client.sendall(call(stream, b"%d" % stream, "/t/Note"))
+        if reads:
+            client.recv(1 << 20)
+        client.close()
+        return message
+
+    def note(message: bytes) -> bytes:
+        noted.append(message)
+        return message
+
+    async def story() -> None:
+        server = rpc.Server({"/t/Dies": dies, "/t/Note": note})
+        await server.start(path)
+        async with stopping(server):
+            with client:
+                client.connect(path)
+                client.sendall(GREETING + call(1, path="/t/Dies"))
+                for _ in iter(lambda: client.fileno() < 0 and not server.connections, True):
+                    await asyncio.sleep(0)
+        assert noted == [b"%d" % stream for stream in streams]
 
     run(story())
 
