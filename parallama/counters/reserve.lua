@@ -69,7 +69,8 @@ for i = 4, #KEYS do
   answer[out], answer[out + 1], answer[out + 2] = used[i], reserved[i], full[i] and 1 or 0
 end
 
-if repeated then return answer end
+if not room then answer[1] = 0 end
+if repeated or lease == 0 then return answer end
 -- What refuses, or what would have, had it not been in the shadow.
 for i = 4, #KEYS do
   local at = 6 * (i - 3)
@@ -83,11 +84,7 @@ for i = 4, #KEYS do
     end
   end
 end
-if not room then
-  answer[1] = 0
-  return answer
-end
-if lease == 0 then return answer end
+if not room then return answer end
 
 local record = { 'o', wanted, '-' }
 for i = 4, #KEYS do

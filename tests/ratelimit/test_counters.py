@@ -590,6 +590,19 @@ async def test_how_often_there_was_no_room_is_counted(counters):
 
 
 @story
+async def test_what_is_only_asked_for_leaves_no_trace(counters):
+    limits = [limit(amount=1), limit(Unit.CONCURRENT, Window.MOMENT, 1), tokens(10)]
+    await counters.reserve(limits, "r1", 8)
+    before = {key: await counters.redis.dump(key) for key in await counters.redis.keys()}
+    refused = await counters.ask(limits, "r2", 8, take=False)
+    assert not refused.taken
+    assert [level.full for level in refused.levels] == [True, True, True]
+    assert (await counters.ask([limit(amount=2)], "r3", take=False)).taken
+    assert (await counters.ask(limits, "r1", 8, take=False)).taken  # it was, before
+    assert {key: await counters.redis.dump(key) for key in await counters.redis.keys()} == before
+
+
+@story
 async def test_refusals_alone_leave_nothing_that_would_be_taken_for_a_count(counters):
     limits = [limit(amount=0), limit(amount=0, window=Window.DAY)]
     assert not (await counters.reserve(limits)).taken
