@@ -58,7 +58,7 @@ SOURCES = "".join(
     file.read_text("utf-8")
     for package in ("parallama", "authz", "ratelimit", "usage_sink")
     for file in sorted((ROOT / package).rglob("*.py"))
-    if file.name not in ("config.py", "sections.py", "values.py")
+    if file.parent.name != "config" and file.name not in ("sections.py", "values.py")
 )
 
 
