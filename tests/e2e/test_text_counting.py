@@ -6,7 +6,8 @@ import os
 import signal
 from base64 import b64encode
 from collections.abc import Iterator
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -234,6 +235,17 @@ def test_of_a_long_text_the_rest_is_estimated_by_its_beginning(gateway: Gateway)
     answer = gateway.someone().post("/api/generate", {**GENERATE, "prompt": text, "stream": False})
     row = gateway.row(answer)
     assert row["prompt_tokens"] == row["completion_tokens"] == pytest.approx(count(text), rel=0.02)
+
+
+def test_long_texts_of_calls_that_end_together_are_all_counted(gateway: Gateway) -> None:
+    """More than usage_sink takes at a time waits for it in Envoy."""
+    someone, text = gateway.someone(), " ".join([PROMPT] * 1700)
+    with ThreadPoolExecutor(40) as threads:
+        post = partial(someone.post, "/v1/completions", headers=says(tokens=2, **BARE))
+        answers = list(threads.map(post, [{**GENERATE, "prompt": text}] * 150))
+    rows = [gateway.row(answer) for answer in answers]
+    assert 50_000 < len(text) < 65_536
+    assert {row["prompt_tokens"] for row in rows} == {count(text)}
 
 
 def test_a_picture_of_thirty_megabytes_is_no_text(gateway: Gateway) -> None:
