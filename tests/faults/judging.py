@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from redis import Redis
@@ -28,6 +28,11 @@ def counters_of(gateway: Gateway) -> Iterator[Redis]:
 
 def open_calls(redis: Redis) -> int:
     return sum(int(redis.zcard(key)) for key in redis.keys("rl:*:open"))
+
+
+def refusals(told: Iterable[Told]) -> set[str]:
+    """Requests that were refused for a limit."""
+    return {call.request_id or "" for call in told if call.status == 429}
 
 
 def look_at_rows(
@@ -57,8 +62,8 @@ def look_at_rows(
         elif why := _inexact(at, call, found[id][0]):
             outcome.inexact.append(f"{id} {call}: {why}")
     if not fault.kills_envoy:
-        refusals = [call for call in told if call.status == 429]
-        outcome.lost += [f"refusal {call}" for call in refusals if call.request_id not in found]
+        missing = refusals(told) - found.keys()
+        outcome.lost += [f"refusal {call}" for call in told if call.request_id in missing]
         outcome.inexact += [f"{row}" for row in rows if row.source == "unknown"]
     outcome.overspent += company.overspent(seen, rows)
     outcome.untried += company.untried(told)

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from io import StringIO
@@ -13,7 +14,13 @@ from tests.e2e.gateway import Gateway, until
 from tests.faults.breaking import Fault, Stage
 from tests.faults.company import Company
 from tests.faults.databases import Books
-from tests.faults.judging import counters_of, look_at_counters, look_at_rows, open_calls
+from tests.faults.judging import (
+    counters_of,
+    look_at_counters,
+    look_at_rows,
+    open_calls,
+    refusals,
+)
 from tests.faults.load import Load
 from tests.faults.outcome import Outcome
 from tests.standin import StandIn
@@ -51,7 +58,10 @@ def tell(
             load = Load(company.weights, calls=calls, at_once=at_once, seed=seed)
             chance = random.Random(seed)  # noqa: S311
             _under_load(load, Stage(gateway, books), fault, calls, company, chance)
-            settle_down(outcome, gateway)
+            refused = set() if fault.kills_envoy else refusals(load.told)
+            settle_down(
+                outcome, gateway, lambda: refused <= {row.request_id for row in books.rows()}
+            )
             look_at_rows(outcome, upstream.requests, books.rows(), load.told, company, fault)
             look_at_counters(outcome, gateway, books.rows())
             stop(outcome, gateway)
@@ -101,12 +111,17 @@ def _under_load(
         running.result()
 
 
-def settle_down(outcome: Outcome, gateway: Gateway) -> None:
-    """All answers have ended, no call is open any more, and the trail is read."""
+def settle_down(
+    outcome: Outcome, gateway: Gateway, told: Callable[[], bool] = lambda: True
+) -> None:
+    """
+    All answers have ended, no call is open any more, and the trail is read. Calls that were refused
+    are never open, and Envoy may still hold the last ones back: those are `told`.
+    """
     began = time.monotonic()
     until(lambda: all(seen.ended for seen in gateway.upstream.requests), 60)
     trail = Trail(gateway.config.state_dir / "trail")
     # What is left after that is left for good, and is counted.
     with counters_of(gateway) as redis, suppress(AssertionError):
-        until(lambda: open_calls(redis) == 0 and trail.waiting() == 0, 60 + 4 * LEASE)
+        until(lambda: open_calls(redis) == 0 and trail.waiting() == 0 and told(), 60 + 4 * LEASE)
     outcome.settling = time.monotonic() - began
