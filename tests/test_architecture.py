@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from parallama import contract
+from parallama import contract, http2
 from parallama.supervisor.children import envoy_binary
 
 ROOT = Path(__file__).parent.parent
@@ -98,6 +98,17 @@ def test_yaml_reads_only_metadata_of_the_contract() -> None:
         (contract.RATELIMIT, contract.RESERVATION),
     } < found
     assert [(space, key) for space, key in found if key not in KEYS.get(space, ())] == []
+
+
+def test_entries_that_waited_for_usage_sink_fit_into_one_message() -> None:
+    """With one more, which has the text of a request and of its answer, and all their headers."""
+    tree = yaml.safe_load((ENVOY / "envoy.yaml").read_text("utf-8"))
+    (waiting,) = (
+        at["buffer_size_bytes"]
+        for at in within(tree)
+        if isinstance(at, dict) and "buffer_size_bytes" in at
+    )
+    assert waiting + 2 * 90_000 + 2 * 65_536 < http2.STREAM_WINDOW
 
 
 def test_descriptors_are_named_as_the_metadata_they_carry() -> None:
