@@ -49,11 +49,12 @@ class Call:
     moves: int = 0  # how often a cluster sent it elsewhere
     asking: bool = False  # whether its slot is on the way to the server that is asked
     as_text: bool = False  # whether that server did not know the script
+    message: bytes = b""  # what is sent, where that was made before
 
     def packed(self) -> bytes:
         if self.as_text:
             return pack(("EVAL", self.script.text, *self.args))
-        return pack(("EVALSHA", self.script.sha, *self.args))
+        return self.message or pack(("EVALSHA", self.script.sha, *self.args))
 
     def fail(self, why: str) -> None:
         if not self.answer.done():
@@ -170,6 +171,11 @@ class Lane:
             self._waiting.append(call)
             if self._opening is None:
                 self._opening = asyncio.create_task(self._open(), name="counters connection")
+
+    def nudge(self, call: Call) -> None:
+        """Where it would be the only one on its way."""
+        if self._link is not None and not self._link.unanswered:
+            self._link.send(call)
 
     def under_way(self) -> list[Call]:
         return [*(self._link.unanswered if self._link else ()), *self._waiting]

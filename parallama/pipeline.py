@@ -18,8 +18,7 @@ _MOST_MOVES = 5
 class Pipeline:
     """
     A redis-py pipeline costs 20 us of CPU for each command of a long one and 80 us for one alone;
-    this costs a fraction (docs/decisions/0004). With uvloop, the calls of one turn of the event
-    loop go out together.
+    this costs a fraction (docs/decisions/0004).
 
     Every call is answered within `timeout` seconds; what fails, fails as `Unavailable`. Calls for
     one server run in the order in which they came. Scripts must bear being run twice: after a lost
@@ -61,6 +60,22 @@ class Pipeline:
         if self._watch is None:
             self._watch = loop.call_at(deadline, self._check_deadlines)
         return answer
+
+    def prepared(self, script: Script, keys: Sequence[str], args: Sequence[str | int]) -> Call:
+        """For `nudge`."""
+        nobody = asyncio.get_running_loop().create_future()
+        nobody.cancel()  # awaits its answer
+        call = Call(script, (len(keys), *keys, *args), nobody, 0, patient=False)
+        call.message = call.packed()
+        return call
+
+    def nudge(self, call: Call) -> None:
+        """
+        Have a script run before the one that is about to be called, where nothing else is on its
+        way: the server is awake then, and has at hand what it needs.
+        """
+        call.deadline = asyncio.get_running_loop().time() + self._timeout
+        self._ways.nudge(call)
 
     async def aclose(self) -> None:
         """Wait for everything under way, then hang up."""
@@ -104,6 +119,7 @@ class _One:
             stray=stray,
         )
         self.take = self._lane.take
+        self.nudge = self._lane.nudge
         self.under_way = self._lane.under_way
         self.aclose = self._lane.aclose
 
@@ -136,7 +152,7 @@ class _Many:
         self._looked_at = -PAUSE
 
     def take(self, call: Call) -> None:
-        slot = slot_of(str(call.args[1])) if call.args[0] else 0
+        slot = _slot(call)
         owner = self._cluster.owners[slot]
         if owner is not None:
             call.asking = False
@@ -145,6 +161,11 @@ class _Many:
             self._look_then_take(call)
         else:
             call.fail(f"no server of the cluster has slot {slot}")
+
+    def nudge(self, call: Call) -> None:
+        owner = self._cluster.owners[_slot(call)]
+        if owner in self._lanes:
+            self._lanes[owner].nudge(call)
 
     def lanes(self) -> Iterable[Lane]:
         return [*self._lanes.values()]
@@ -235,3 +256,7 @@ class _Many:
             if server not in owners and not lane.under_way():
                 del self._lanes[server]
                 await lane.aclose()
+
+
+def _slot(call: Call) -> int:
+    return slot_of(str(call.args[1])) if call.args[0] else 0

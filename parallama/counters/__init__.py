@@ -10,6 +10,7 @@ from json.encoder import encode_basestring_ascii
 from typing import NamedTuple
 from urllib.parse import quote
 
+from parallama.lanes import Call as Waiting
 from parallama.limits import Limit, Unit
 from parallama.pipeline import Pipeline, Script
 from parallama.resp import Redis
@@ -162,6 +163,8 @@ class Counters:
     def __init__(self, redis: Redis, *, lease: int, timeout: float) -> None:
         self._scripts = Pipeline(redis, *_SCRIPTS, timeout=timeout)
         self._lease = lease
+        self._reserved: tuple[list[str], list[str | int]] | None = None
+        self._nudge: Waiting | None = None
 
     def reserve(
         self,
@@ -192,7 +195,24 @@ class Counters:
         # Twice the lease after its row is due, so that it can be named again until that is stored.
         lease = self._lease if take else 0
         args = [at, lease, keep + 3 * self._lease, tokens, least, _json(call), *told]
+        self._reserved = keys, args
         return self._scripts.run(_RESERVE, keys, args)
+
+    def nudge(self) -> None:
+        """
+        Before a call that comes alone: let Redis go through the question that was made ready for
+        it, which takes nothing and has no answer (docs/decisions/0028).
+        """
+        if self._nudge is not None:
+            self._scripts.nudge(self._nudge)
+
+    def make_ready(self) -> None:
+        """`nudge` will ask what `reserve` asked last, for a call that there is not."""
+        if self._reserved is not None:
+            (open_, record, *keys), (now, _, *args) = self._reserved
+            self._nudge = self._scripts.prepared(
+                _RESERVE, [open_, f"{record}:nobody", *keys], [now, 0, *args]
+            )
 
     @staticmethod
     def taken(reply: Sequence[int]) -> Taken:

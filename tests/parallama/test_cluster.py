@@ -74,6 +74,23 @@ def test_calls_go_where_their_keys_are_from_one_seed(shared: Cluster, tmp_path: 
     assert min(sizes) > 100
 
 
+def test_a_nudge_goes_to_the_server_that_has_its_keys(shared: Cluster, tmp_path: Path) -> None:
+    async def told() -> None:
+        async with (
+            connect_redis(config_of(shared, tmp_path)) as redis,
+            aclosing(Pipeline(redis, COUNT, timeout=TIMEOUT)) as pipeline,
+        ):
+            for server in shared.masters:
+                key = f"{a_key(shared, server)}:nudged"
+                nudge = pipeline.prepared(COUNT, [key], [])
+                pipeline.nudge(nudge)  # nobody is connected to it
+                assert await pipeline.run(COUNT, [key], []) == 1
+                pipeline.nudge(nudge)
+                assert await pipeline.run(COUNT, [key], []) == 3
+
+    uvloop.run(told())
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_master_that_dies_under_load(how: int, cluster: Cluster, tmp_path: Path) -> None:
     """Its replica takes over. The others' keys never notice; the signal comes back."""

@@ -92,6 +92,48 @@ def test_a_server_that_takes_connections_and_says_nothing(tmp_path: Path) -> Non
     uvloop.run(told())
 
 
+def test_a_nudge_runs_a_script_before_a_call_and_is_in_nobodys_way(
+    server: Server, tmp_path: Path
+) -> None:
+    async def story(pipeline: Pipeline) -> None:
+        nudge = pipeline.prepared(COUNT, ["{nudged}"], [])
+        pipeline.nudge(nudge)  # nobody is connected: a call that comes alone is slow anyhow
+        assert await pipeline.run(COUNT, ["{nudged}"], []) == 1
+        for counted in (3, 5):
+            pipeline.nudge(nudge)
+            pipeline.nudge(nudge)
+            assert await pipeline.run(COUNT, ["{nudged}"], []) == counted
+        under_way = pipeline.run(COUNT, ["{nudged}"], [])
+        pipeline.nudge(nudge)
+        assert await under_way == 6
+        assert await pipeline.run(COUNT, ["{nudged}"], []) == 7
+        await asyncio.to_thread(server.do.script_flush)
+        pipeline.nudge(nudge)
+        answers = await asyncio.gather(*(pipeline.run(COUNT, ["{other}"], []) for _ in range(3)))
+        assert answers == [1, 2, 3]
+        pipeline.nudge(nudge)  # and nobody calls: aclose() has nothing to wait for
+
+    run(a_config(tmp_path, f"host: 127.0.0.1, port: {server.port}"), story)
+
+
+def test_a_server_that_was_nudged_and_says_nothing_is_left_in_time(tmp_path: Path) -> None:
+    async def told() -> None:
+        async with Odd(hang_up=False) as odd:
+            config = a_config(tmp_path, f"host: 127.0.0.1, port: {odd.port}, timeout_seconds: 0.2")
+            async with (
+                connect_redis(config) as redis,
+                aclosing(Pipeline(redis, timeout=0.2)) as pipeline,
+            ):
+                nudge = pipeline.prepared(COUNT, ["{a}"], [])
+                await refused(pipeline)
+                for taken in (2, 3):
+                    while odd.taken < taken:  # it is connected anew
+                        pipeline.nudge(nudge)
+                        await refused(pipeline)
+
+    uvloop.run(told())
+
+
 def test_calls_that_come_on_top_of_very_many_fail_at_once(tmp_path: Path) -> None:
     async def told() -> None:
         async with Odd(hang_up=False) as odd:

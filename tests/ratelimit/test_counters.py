@@ -603,6 +603,29 @@ async def test_what_is_only_asked_for_leaves_no_trace(counters):
 
 
 @story
+async def test_a_nudge_leaves_no_trace(counters):
+    """Redis goes through the script once more, and nobody holds or spends more than before."""
+    limits = [limit(amount=1), limit(Unit.CONCURRENT, Window.MOMENT, 1), tokens(10)]
+
+    async def runs() -> int:
+        return int((await counters.redis.info("commandstats"))["cmdstat_evalsha"]["calls"])
+
+    counters.counters.nudge()  # of nothing yet
+    for id in ("r1", "r2"):  # of a call that found room, and of one that did not
+        await counters.reserve(limits, id, 8)
+        counters.counters.make_ready()
+        keys = await counters.redis.keys()
+        before, ran = {key: await counters.redis.dump(key) for key in keys}, await runs()
+        counters.counters.nudge()
+        counters.counters.nudge()  # of which one is enough
+        again = await counters.ask(limits, "r1", 8)
+        assert (again.taken, again.held) == (True, 8)
+        assert await runs() == ran + 2
+        assert sorted(await counters.redis.keys()) == sorted(keys)
+        assert {key: await counters.redis.dump(key) for key in keys} == before
+
+
+@story
 async def test_refusals_alone_leave_nothing_that_would_be_taken_for_a_count(counters):
     limits = [limit(amount=0), limit(amount=0, window=Window.DAY)]
     assert not (await counters.reserve(limits)).taken

@@ -240,6 +240,35 @@ def test_fifty_at_once_against_ten(valkey):
     valkey.run(told)
 
 
+def test_a_call_that_comes_alone_is_answered_as_any_other(valkey):
+    """Redis is nudged before it, and its answer is rehearsed: nobody is told of either."""
+
+    async def told(redis):
+        async with serving(redis, hard=True) as gateway:
+            gateway.limits = (Limit("*", "*", Unit.REQUESTS, Window.DAY, 5), TOKENS)
+
+            async def eight(user: str, apart: float) -> tuple[list[RateLimitResponse], int]:
+                answers, before = [], await runs(redis)
+                for i in range(8):
+                    gateway.now += apart
+                    answers.append(await gateway.reserve(f"r{i}", user=user, max_tokens="9"))
+                    del answers[-1].dynamic_metadata.fields["decision"]  # the time is in it
+                return answers, await runs(redis) - before
+
+            close, asked = await eight("one", 0)
+            apart, asked_too = await eight("another", 0.01)
+            assert apart == close
+            assert {answer.overall_code for answer in close} == {OK, OVER}
+            assert asked_too == asked + 8
+
+    valkey.run(told)
+
+
+async def runs(redis) -> int:
+    """How many scripts."""
+    return int((await redis.info("commandstats")).get("cmdstat_evalsha", {"calls": 0})["calls"])
+
+
 @pytest.mark.parametrize("entries", [{"user": ""}, {"body_bytes": "x"}, {"dialect": "?"}])
 def test_what_is_not_understood_fails_closed(valkey, caplog, entries):
     async def told(redis):
