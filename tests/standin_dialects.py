@@ -457,7 +457,7 @@ def _v1_head(work: Work, *, chunk: bool) -> Json:
     chat_object = "chat.completion.chunk" if chunk else "chat.completion"
     fingerprint = {"ollama": "fp_ollama", "llamacpp": "b11434"}.get(work.flavour, "fp_standin")
     return {
-        "id": f"{'chatcmpl' if chat else 'cmpl'}-{work.created % 1000}",
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{work.created}",
         "object": chat_object if chat else "text_completion",
         "created": work.created,
         "model": work.model,

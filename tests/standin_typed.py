@@ -71,7 +71,7 @@ def _response(work: Work) -> Json:
 
 
 def _response_head(work: Work, status: str) -> Json:
-    head = {"id": f"resp_{work.created % 1000}", "object": "response", "status": status}
+    head = {"id": f"resp_{work.created}", "object": "response", "status": status}
     return {
         **head,
         "created_at": work.created,
@@ -195,7 +195,7 @@ def _message(work: Work) -> Json:
 
 
 def _message_head(work: Work) -> Json:
-    head = {"id": f"msg_{work.created % 1000}", "type": "message", "role": "assistant"}
+    head = {"id": f"msg_{work.created}", "type": "message", "role": "assistant"}
     return {**head, "model": work.model, "content": [], "stop_reason": None, "stop_sequence": None}
 
 
