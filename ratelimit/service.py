@@ -10,7 +10,7 @@ from functools import partial
 from math import ceil
 from typing import Any, NamedTuple
 
-from parallama import contract, rpc
+from parallama import rpc
 from parallama.clock import Clock
 from parallama.counters import NOT_KNOWN, TAKEN, Call, Counters
 from parallama.db.policies import Policy
@@ -30,8 +30,6 @@ SHOULD_RATE_LIMIT = "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimi
 
 # A call after so many seconds without one finds nothing in the processor's caches: decision 0028.
 _ALONE = 0.005
-# In the request of a call that has ended; in another one it may be the name of a model.
-_ENDED = contract.RESERVATION.encode()
 # How many calls are timed at once, to learn how long they take.
 _TIMED = 10_000
 # Of how many kinds of calls it is remembered where they have to find room.
@@ -108,7 +106,9 @@ class RateLimit:
 
     def should_rate_limit(self, request: bytes) -> bytes | Awaitable[bytes]:
         """RateLimitRequest in, RateLimitResponse out; at once for a call that has ended."""
-        alone = _ENDED not in request and self._comes_alone()
+        alone = wire.may_reserve(request) and self._comes_alone()
+        if alone:
+            self._counters.nudge()  # Redis takes as long to find its code again as we do
         try:
             asked = wire.parse(request)
         except wire.BadCall as error:
@@ -143,12 +143,9 @@ class RateLimit:
             await asyncio.wait(self._under_way)
 
     def _comes_alone(self) -> bool:
-        """If so, Redis is woken: it takes as long to find its code again as we do."""
         now = self._clock()
-        alone, self._asked_at = now - self._asked_at > _ALONE, now
-        if alone:
-            self._counters.nudge()
-        return alone
+        before, self._asked_at = self._asked_at, now
+        return now - before > _ALONE
 
     def _rehearse(self, case: Case) -> None:
         """While Redis works, go through what its reply will go through: it is quicker then."""

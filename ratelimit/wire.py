@@ -11,6 +11,8 @@ from parallama.dialects import OF_MODELS, refusal
 from parallama.errors import ParallamaError
 from ratelimit.rules import MOST_TOKENS, Admitted, Refused, Reserve, Room, Settle, duration
 
+_RESERVATION = contract.RESERVATION.encode()
+
 # More digits than any number that matters has.
 _MOST_DIGITS = 18
 
@@ -31,6 +33,11 @@ Entries = tuple[dict[str, str], int | None]
 
 class BadCall(ParallamaError):
     """Envoy asked something that makes no sense. Compare envoy/ with parallama/contract.py."""
+
+
+def may_reserve(message: bytes) -> bool:
+    """Before it is parsed; False for every Settle, and for a model that has such a name."""
+    return _RESERVATION not in message
 
 
 def parse(message: bytes) -> Reserve | Settle:

@@ -38,6 +38,12 @@ def headers(response: RateLimitResponse) -> dict[str, str]:
     return {header.key: header.value for header in response.response_headers_to_add}
 
 
+def test_whether_a_call_may_want_to_spend_is_seen_before_it_is_parsed():
+    settle = {"user": "u1", "reservation": "r1", "gateway": "openai"}
+    assert wire.may_reserve(request(RESERVE).SerializeToString())
+    assert not wire.may_reserve(request(settle, hits=7).SerializeToString())
+
+
 def test_a_reserve_call():
     assert parsed(request(RESERVE)) == Reserve(
         user="u1",
